@@ -1,0 +1,51 @@
+# The virtual environment .venv is made once: a stamp file says what is in it and for which pyproject.toml and
+# constraints.txt. Variables for the command line:
+#   PYTHON       the interpreter .venv is made with (3.11 or newer)
+#   TORCH_INDEX  address of an extra package index for torch, e.g. that of its CPU builds (see CONTRIBUTING.md)
+#   MODEL        the model folder `make demo` runs
+PYTHON ?= python3
+TORCH_INDEX ?=
+MODEL = hub_cards/edlm-wiki27
+
+PYTHON_VENV = .venv/bin/python
+PIP_INSTALL = $(PYTHON_VENV) -m pip install -q --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint bench model clean
+.DEFAULT_GOAL = test
+
+demo: .venv/.stamp-demo model
+	$(PYTHON_VENV) hub_cards/demo.py --model $(MODEL)
+
+test: .venv/.stamp-test model
+	$(PYTHON_VENV) -m pytest tests
+
+lint: .venv/.stamp-test
+	$(PYTHON_VENV) -m ruff check .
+	$(PYTHON_VENV) -m ruff format --check .
+
+bench: .venv/.stamp-test model
+	$(PYTHON_VENV) -m training.bench
+
+# A Hub repo holds the model code beside the weights: the copies in hub_cards/*/ are made here and are not tracked.
+model: .venv/.stamp-demo
+	$(PYTHON_VENV) hub_cards/assemble.py
+
+# torch comes first and alone, so that nothing after it pulls a second build; setuptools is in .venv, so that
+# building this package (without isolation) obeys constraints.txt too.
+.venv/.stamp-demo: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("$(PYTHON) is Python %d.%d, but 3.11 or newer is needed: make PYTHON=/path/to/python3.11" % v[:2])'
+	@echo "Installing into .venv (torch first; this takes some minutes)"
+	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
+	$(PIP_INSTALL) setuptools torch $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	$(PIP_INSTALL) --no-build-isolation -e .
+	@touch $@
+
+.venv/.stamp-test: .venv/.stamp-demo
+	$(PIP_INSTALL) --no-build-isolation -e '.[test]'
+	@touch $@
+
+# Everything make made, .venv included; never runs/.
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -f hub_cards/*/*.py
+	find . -name .git -prune -o -name runs -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

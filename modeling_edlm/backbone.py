@@ -1,0 +1,228 @@
+"""One transformer for the denoiser, the NCE energy and the autoregressive model; its head is separate.
+
+Blocks of DiT (arXiv 2212.09748) with rotary positions (arXiv 2104.09864), as in MDLM. Causal or bidirectional, with
+or without adaptive layer norm. Shapes: N rows, L length, D hidden size, C conditioning width, H heads.
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+class Rotary(nn.Module):
+    """Rotary angles in float32, computed from the positions: no buffer to keep in step with the weights."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.theta = config.rope_theta
+
+    def forward(self, position_ids_NL: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        exponent = torch.arange(0, self.head_dim, 2, device=position_ids_NL.device, dtype=torch.float32) / self.head_dim
+        angle = position_ids_NL[:, None, :, None].float() * self.theta**-exponent
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x_NHLD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the first half of the channels against the second."""
+    first, second = x_NHLD.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoidal features of the noise level, then two layers: (N,) to (N, C)."""
+
+    num_frequencies = 128
+
+    def __init__(self, cond_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(2 * self.num_frequencies, cond_dim)
+        self.fc2 = nn.Linear(cond_dim, cond_dim)
+
+    def forward(self, noise_N: torch.Tensor) -> torch.Tensor:
+        steps = torch.arange(self.num_frequencies, device=noise_N.device, dtype=torch.float32)
+        angle = noise_N[:, None].float() * torch.exp(-math.log(10000) * steps / self.num_frequencies)
+        features = torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.fc1.weight.dtype)
+        return self.fc2(nn.functional.silu(self.fc1(features)))
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero. A class of its own, because weights are initialised leaf by leaf."""
+
+
+class AdaLayerNorm(nn.Module):
+    """Layer norm without bias, then shift and scale from the conditioning; a plain layer norm where cond_dim is 0.
+
+    `num_gates` further chunks of the modulation gate the residual branch that follows.
+    """
+
+    def __init__(self, config, num_gates: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, bias=False)
+        self.modulation = ZeroLinear(config.cond_dim, (2 + num_gates) * config.hidden_size) if config.cond_dim else None
+
+    def forward(self, x_NLD: torch.Tensor, cond_NC: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | float]:
+        x_NLD = self.norm(x_NLD)
+        if self.modulation is None:
+            return x_NLD, 1.0
+        shift, scale, *gate = self.modulation(cond_NC)[:, None].split(x_NLD.shape[-1], dim=-1)
+        return x_NLD * (1 + scale) + shift, gate[0] if gate else 1.0
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, is_causal=None, **kwargs):
+    """The specification of the attention backends: (N, H, L, D) to (N, L, H, D)."""
+    scores = (query @ key.transpose(-1, -2)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class Attention(nn.Module):
+    def __init__(self, config, is_causal: bool, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = is_causal
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x_NLD, rotary, attention_mask=None, past_key_values=None):
+        N, L, D = x_NLD.shape
+        query, key, value = self.qkv(x_NLD).view(N, L, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        y_NLHD, _ = attend(
+            self, query, key, value, attention_mask, scaling=self.head_dim**-0.5, is_causal=self.is_causal and L > 1
+        )
+        return self.out(y_NLHD.reshape(N, L, D))
+
+
+class Block(GradientCheckpointingLayer):
+    def __init__(self, config, is_causal: bool, layer_idx: int):
+        super().__init__()
+        self.norm1 = AdaLayerNorm(config, num_gates=1)
+        self.attention = Attention(config, is_causal, layer_idx)
+        self.norm2 = AdaLayerNorm(config, num_gates=1)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_NLD, cond_NC, rotary, attention_mask=None, past_key_values=None):
+        y_NLD, gate = self.norm1(x_NLD, cond_NC)
+        x_NLD = x_NLD + gate * self.dropout(self.attention(y_NLD, rotary, attention_mask, past_key_values))
+        y_NLD, gate = self.norm2(x_NLD, cond_NC)
+        y_NLD = self.fc2(nn.functional.gelu(self.fc1(y_NLD), approximate="tanh"))
+        return x_NLD + gate * self.dropout(y_NLD)
+
+
+class Backbone(nn.Module):
+    """Embedding and blocks: token ids (or embeddings) to the last hidden states and the conditioning vector."""
+
+    def __init__(self, config, is_causal: bool = False, num_layers: int | None = None):
+        super().__init__()
+        self.config = config
+        self.is_causal = is_causal
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.time_embedding = TimeEmbedding(config.cond_dim) if config.cond_dim else None
+        self.rotary = Rotary(config)
+        num_layers = config.num_hidden_layers if num_layers is None else num_layers
+        self.blocks = nn.ModuleList(Block(config, is_causal, i) for i in range(num_layers))
+
+    def forward(
+        self,
+        input_ids_NL: torch.Tensor | None = None,
+        noise_N: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids_NL: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            input_ids_NL: token ids; `inputs_embeds` (N, L, D) takes their place.
+            noise_N: `schedule.conditioning(t)`, None where the network does not see time.
+            attention_mask: (N, L), 1 for tokens and 0 for padding. position_ids_NL: counted over tokens when None.
+        Returns:
+            hidden states (N, L, D) and the conditioning (N, C), None without adaptive norms.
+        """
+        x_NLD = self.embedding(input_ids_NL) if inputs_embeds is None else inputs_embeds
+        N, L, _ = x_NLD.shape
+        if position_ids_NL is None:
+            start = past_key_values.get_seq_length() if past_key_values is not None else 0
+            if attention_mask is None:
+                position_ids_NL = torch.arange(start, start + L, device=x_NLD.device)[None]
+            else:
+                position_ids_NL = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)[:, -L:]
+        rotary = self.rotary(position_ids_NL, x_NLD.dtype)
+        if self.is_causal:
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=x_NLD,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids_NL,
+            )
+        else:
+            mask = create_bidirectional_mask(config=self.config, inputs_embeds=x_NLD, attention_mask=attention_mask)
+        cond_NC = None
+        if self.time_embedding is not None:
+            if noise_N is None:
+                noise_N = x_NLD.new_zeros(N, dtype=torch.float32)
+            cond_NC = nn.functional.silu(self.time_embedding(noise_N))
+        for block in self.blocks:
+            x_NLD = block(x_NLD, cond_NC, rotary, mask, past_key_values)
+        return x_NLD, cond_NC
+
+
+class Head(nn.Module):
+    """Last norm and projection. `positions_M` (flat indices into N * L) projects just those rows."""
+
+    def __init__(self, config, out_features: int, zero: bool = True):
+        super().__init__()
+        self.norm = AdaLayerNorm(config, num_gates=0)
+        self.linear = (ZeroLinear if zero else nn.Linear)(config.hidden_size, out_features)
+
+    def forward(
+        self, x_NLD: torch.Tensor, cond_NC: torch.Tensor | None = None, positions_M: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if positions_M is not None:  # every selected position becomes a row of length 1
+            L = x_NLD.shape[1]
+            x_NLD = x_NLD.flatten(0, 1)[positions_M][:, None]
+            cond_NC = cond_NC[positions_M // L] if cond_NC is not None else None
+        x_NLD, _ = self.norm(x_NLD, cond_NC)
+        y = self.linear(x_NLD)
+        return y if positions_M is None else y[:, 0]
+
+
+def log_probs(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    """Float32 log-softmax over the last axis with no mass on the mask token (a network may lack its column)."""
+    logits = logits.float()
+    if mask_token_id < logits.shape[-1]:
+        column = torch.arange(logits.shape[-1], device=logits.device) == mask_token_id
+        logits = logits.masked_fill(column, float("-inf"))
+    return logits.log_softmax(-1)
+
+
+def initialize(module: nn.Module, std: float) -> None:
+    """Initial weights of one leaf; the functions of `transformers.initialization` leave loaded weights alone."""
+    if isinstance(module, nn.Linear):
+        if isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+        else:
+            init.normal_(module.weight, 0.0, std)
+        if module.bias is not None:
+            init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        init.normal_(module.weight, 0.0, std)
+    elif isinstance(module, nn.LayerNorm):
+        init.ones_(module.weight)

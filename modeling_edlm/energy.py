@@ -1,0 +1,90 @@
+"""The three energies of EDLM (arXiv 2410.21357): autoregressive, carry-over autoregressive, and NCE. Knows no sampler.
+
+An energy takes a candidate x and the masked state xt it was proposed for and gives one scalar per sequence; low is
+good: p(x | xt) is proportional to mu(x | xt) exp(-E). x is a full x0, or the next state xs for a step energy.
+Shapes: N rows, L length, D hidden size, V vocabulary, M selected positions (flat indices into N * L).
+"""
+
+import torch
+from torch import nn
+
+from .backbone import Backbone, Head, ZeroLinear, log_probs
+
+
+def causal_log_prob(
+    causal_lm: nn.Module,
+    x0_NL: torch.Tensor,
+    where_NL: torch.Tensor,
+    bos_token_id: int,
+    mask_token_id: int,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """sum over `where` of log p_AR(x0_i | x0_{<i}), the first token given the BOS alone.
+
+    Args:
+        causal_lm: an `EDLMForCausalLM`, or any causal language model with the same token ids.
+        x0_NL: tokens without masks at the places that count. where_NL: bool, the positions that count.
+        attention_mask: (N, L), 0 for padding on the left; the BOS then stands before the first token of each row.
+    Returns:
+        (N,) float32.
+    """
+    bos = torch.full_like(x0_NL[:, :1], bos_token_id)
+    inputs_NL = torch.cat((bos, x0_NL[:, :-1]), dim=1)
+    if attention_mask is not None:
+        is_pad = nn.functional.pad(attention_mask[:, :-1], (1, 0)) == 0
+        inputs_NL = torch.where(is_pad, bos, inputs_NL)
+        where_NL = where_NL & attention_mask.bool()
+    positions_M = where_NL.flatten().nonzero()[:, 0]
+    if causal_lm.config.model_type == "edlm":  # projects the rows that count and no others
+        logits_MV = causal_lm(inputs_NL, attention_mask=attention_mask, positions=positions_M).logits
+    else:
+        logits_MV = causal_lm(inputs_NL, attention_mask=attention_mask, use_cache=False).logits.flatten(0, 1)
+        logits_MV = logits_MV[positions_M]
+    targets_M1 = x0_NL.flatten()[positions_M, None]
+    log_p_M1 = log_probs(logits_MV, mask_token_id).gather(-1, targets_M1)
+    log_p_NL = log_p_M1.new_zeros(x0_NL.shape).masked_scatter(where_NL, log_p_M1)
+    return log_p_NL.sum(-1)
+
+
+class EnergyNetwork(nn.Module):
+    """The NCE energy: both token sequences embedded, joined by a projection, read by bidirectional blocks.
+
+    `energy_pooling="mean"` is the published form: hidden states averaged over all positions, then the scalar head.
+    `"sum"` gives every position its scalar and adds those that are masked in xt and given in x.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config, num_layers=config.energy_num_layers)
+        self.projection = nn.Linear(2 * config.hidden_size, config.hidden_size)
+        self.head = Head(config, config.hidden_size, zero=False)
+        self.fc1 = nn.Linear(config.hidden_size, config.hidden_size)
+        # starts at zero: an untrained energy leaves the proposal as it is
+        self.fc2 = ZeroLinear(config.hidden_size, 1, bias=False)
+
+    def forward(
+        self,
+        x_NL: torch.Tensor,
+        xt_NL: torch.Tensor,
+        noise_N: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Energies (N,) float32 of x_NL (x0, or xs with masks left) as a completion of xt_NL."""
+        embed = self.backbone.embedding
+        joined_NLD = self.projection(torch.cat((embed(xt_NL), embed(x_NL)), dim=-1))
+        y_NLD = self.head(*self.backbone(inputs_embeds=joined_NLD, noise_N=noise_N, attention_mask=attention_mask))
+        if self.config.energy_pooling == "mean":
+            weight_NL = torch.ones_like(x_NL) if attention_mask is None else attention_mask
+            weight_NL1 = (weight_NL / weight_NL.sum(-1, keepdim=True))[..., None].to(y_NLD.dtype)
+            return self.scalar((y_NLD * weight_NL1).sum(1))[:, 0].float()
+        revealed_NL = (xt_NL == self.config.mask_token_id) & (x_NL != self.config.mask_token_id)
+        return (self.scalar(y_NLD)[..., 0].float() * revealed_NL).sum(-1)
+
+    def scalar(self, y: torch.Tensor) -> torch.Tensor:
+        return self.fc2(nn.functional.relu(self.fc1(y)))
+
+
+def nce_loss(energy_data_N: torch.Tensor, energy_proposal_N: torch.Tensor) -> torch.Tensor:
+    """softplus(E(x+)) + softplus(-E(x-)), mean over rows: EDLM equation 11, minimal at E = log mu - log q."""
+    return nn.functional.softplus(energy_data_N).mean() + nn.functional.softplus(-energy_proposal_N).mean()

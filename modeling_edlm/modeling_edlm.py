@@ -1,0 +1,330 @@
+"""The EDLM models: denoiser, autoregressive model, energy, and the three put together.
+
+Shapes: N rows, L length, V vocabulary, M selected positions (flat indices into N * L).
+"""
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutput
+
+from .backbone import Backbone, Head, initialize, log_probs
+from .configuration_edlm import EDLMConfig
+from .energy import EnergyNetwork, causal_log_prob
+from .generation_edlm import EDLMGenerationConfig, EDLMGenerationMixin
+from .schedule import conditioning
+
+
+class EDLMPreTrainedModel(PreTrainedModel):
+    config_class = EDLMConfig
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["Block"]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        initialize(module, self.config.initializer_range)
+
+    def noise(self, t, like: torch.Tensor) -> torch.Tensor | None:
+        """What the network is told of the time: None without time conditioning, else (N,)."""
+        if not self.config.time_conditioning:
+            return None
+        if t is None:
+            raise ValueError("t must be given to a model with time_conditioning=True, got None")
+        t_N = torch.as_tensor(t, dtype=torch.float32, device=like.device).expand(like.shape[0])
+        return conditioning(t_N)
+
+
+class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin):
+    """The denoiser alone: a masked diffusion language model (MDLM, arXiv 2406.07524), with `generate()`."""
+
+    base_model_prefix = "denoiser"  # where a whole EDLM keeps it
+    generation_config_class = EDLMGenerationConfig
+    _keys_to_ignore_on_load_unexpected = [r"^energy_model\."]
+    energy_type = "none"
+
+    def __init__(self, config: EDLMConfig):
+        config = config if config.energy_config is None else config.for_denoiser()
+        super().__init__(config)
+        self.backbone = Backbone(config)
+        self.head = Head(config, config.vocab_size)
+        self.post_init()
+
+    @property
+    def denoiser(self) -> "EDLMForMaskedLM":
+        return self
+
+    def get_input_embeddings(self):
+        return self.backbone.embedding
+
+    def set_input_embeddings(self, value):
+        self.backbone.embedding = value
+
+    def get_output_embeddings(self):
+        return self.head.linear
+
+    def forward(
+        self, input_ids, attention_mask=None, t=None, positions=None, position_ids=None, labels=None, **kwargs
+    ) -> MaskedLMOutput:
+        """Raw logits of the clean token at every position.
+
+        Args:
+            input_ids: (N, L) with masks. attention_mask: (N, L), 0 for padding.
+            t: times in [0, 1], scalar or (N,); only read by a model with time conditioning.
+            positions: (M,) flat indices into N * L: project only these.
+            labels: (N, L), -100 where no loss is taken; the loss is the mean cross-entropy.
+        Returns:
+            `logits` (N, L, V), or (M, V) when positions are given.
+        """
+        logits = self.head(*self.encode(input_ids, t, attention_mask, position_ids), positions)
+        loss = None
+        if labels is not None:
+            labels = labels.flatten() if positions is None else labels.flatten()[positions]
+            log_p = log_probs(logits, self.config.mask_token_id)
+            loss = nn.functional.nll_loss(log_p.view(-1, log_p.shape[-1]), labels)
+        return MaskedLMOutput(loss=loss, logits=logits)
+
+    def encode(self, xt_NL, t=None, attention_mask=None, position_ids=None):
+        """The last hidden states (N, L, D) and the conditioning, from which `log_mu` projects what is needed."""
+        return self.backbone(xt_NL, self.noise(t, xt_NL), attention_mask, position_ids)
+
+    def log_mu(self, hidden_NLD, cond_NC, positions_M=None) -> torch.Tensor:
+        """(M, V) float32 log mu_i(. | xt) at flat positions, taken to be masked; (N, L, V) without positions."""
+        return log_probs(self.head(hidden_NLD, cond_NC, positions_M), self.config.mask_token_id)
+
+    def log_p_x0(self, xt, t=None, attention_mask=None) -> torch.Tensor:
+        """SUBS log-probabilities (N, L, V), float32: no mass on the mask token, unmasked tokens carry over.
+
+        Source: MDLM, arXiv 2406.07524, section 3.2.3.
+        """
+        log_p_NLV = self.log_mu(*self.encode(xt, t, attention_mask))
+        carried_NLV = torch.full_like(log_p_NLV, float("-inf")).scatter_(-1, xt[..., None], 0.0)
+        return torch.where((xt == self.config.mask_token_id)[..., None], log_p_NLV, carried_NLV)
+
+
+class EDLMForCausalLM(EDLMPreTrainedModel, GenerationMixin):
+    """The same blocks, causal: the autoregressive baseline and the network of the AR and coAR energies.
+
+    As any causal language model of the library it predicts token i+1 at position i; the first token of a text is
+    predicted from `config.bos_token_id`, which the caller puts in front.
+    """
+
+    base_model_prefix = "energy_model"
+    _keys_to_ignore_on_load_unexpected = [r"^denoiser\."]
+
+    def __init__(self, config: EDLMConfig):
+        config = _part_of(config, ("ar", "coar"), type(self).__name__)
+        super().__init__(config)
+        self.backbone = Backbone(config, is_causal=True)
+        self.head = Head(config, config.vocab_size)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.backbone.embedding
+
+    def set_input_embeddings(self, value):
+        self.backbone.embedding = value
+
+    def get_output_embeddings(self):
+        return self.head.linear
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        use_cache=None,
+        labels=None,
+        positions=None,
+        logits_to_keep=0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Raw logits (N, L, V) of the next token; `positions` (M,), flat, or `logits_to_keep` project fewer rows.
+
+        `labels` (N, L) are shifted inside, as in every causal language model of the library; -100 is left out.
+        """
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        hidden, cond = self.backbone(input_ids, None, attention_mask, position_ids, past_key_values)
+        if logits_to_keep:
+            hidden = hidden[:, -logits_to_keep:]
+        logits = self.head(hidden, cond, positions)
+        loss = None
+        if labels is not None:
+            log_p = log_probs(logits[:, :-1], self.config.mask_token_id)
+            loss = nn.functional.nll_loss(log_p.flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+
+class EDLMEnergyModel(EDLMPreTrainedModel):
+    """The NCE energy network alone: one scalar per sequence, low for what the data would say."""
+
+    base_model_prefix = "energy_model"
+    _keys_to_ignore_on_load_unexpected = [r"^denoiser\."]
+
+    def __init__(self, config: EDLMConfig):
+        config = _part_of(config, ("nce",), type(self).__name__)
+        super().__init__(config)
+        self.network = EnergyNetwork(config)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.network.backbone.embedding
+
+    def set_input_embeddings(self, value):
+        self.network.backbone.embedding = value
+
+    @classmethod
+    def from_denoiser(cls, denoiser: EDLMForMaskedLM, **changes) -> "EDLMEnergyModel":
+        """A fresh energy whose blocks start as copies of the denoiser's; `changes` go to its configuration."""
+        fields = {name: getattr(denoiser.config, name) for name in EDLMConfig.__annotations__}
+        model = cls(EDLMConfig(**fields | {"energy_type": "nce", "energy_config": None} | changes))
+        own = model.network.state_dict()
+        start = {k: v for k, v in denoiser.state_dict().items() if k in own and v.shape == own[k].shape}
+        start = {k: v for k, v in start.items() if k.startswith("backbone.") or k.startswith("head.norm.")}
+        model.network.load_state_dict(start, strict=False)
+        with torch.no_grad():  # the mean of both embeddings: a token that was never masked looks as it did
+            half = torch.eye(model.config.hidden_size) / 2
+            model.network.projection.weight.copy_(torch.cat((half, half), dim=1))
+        return model.to(denoiser.dtype)
+
+    def forward(self, input_ids, xt=None, t=None, attention_mask=None, **kwargs) -> SequenceClassifierOutput:
+        """Energies of candidates.
+
+        Args:
+            input_ids: (N, L) candidates, x0 or xs. xt: (N, L) the masked state they complete. t: its time (for a
+                step energy: the time of xs), scalar or (N,).
+        Returns:
+            `logits` (N, 1) float32, the energies.
+        """
+        if xt is None:
+            raise ValueError("xt must be given: an energy scores a completion of xt, got None")
+        energy_N = self.network(input_ids, xt, self.noise(t, input_ids), attention_mask)
+        return SequenceClassifierOutput(logits=energy_N[:, None])
+
+
+class EDLMModel(EDLMPreTrainedModel, EDLMGenerationMixin):
+    """Denoiser and energy: p(x0 | xt) = mu(x0 | xt) exp(-E(x0, xt, t)) / Z(xt) (EDLM, equation 6)."""
+
+    base_model_prefix = "denoiser"
+    generation_config_class = EDLMGenerationConfig
+
+    def __init__(self, config: EDLMConfig, denoiser=None, energy_model=None):
+        if config.energy_type != "none" and config.energy_config is None:
+            config.energy_config = {}  # says that the weights of config are those of a whole EDLM
+        super().__init__(config)
+        self.denoiser = EDLMForMaskedLM(config) if denoiser is None else denoiser
+        self.energy_model = self._new_energy(config) if energy_model is None else energy_model
+        self.post_init()
+
+    @staticmethod
+    def _new_energy(config: EDLMConfig) -> PreTrainedModel | None:
+        if config.energy_type == "none":
+            return None
+        if config.energy_is_foreign:
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.energy_config))
+        return (EDLMEnergyModel if config.energy_type == "nce" else EDLMForCausalLM)(config)
+
+    @classmethod
+    def from_components(
+        cls, denoiser: EDLMForMaskedLM, energy: PreTrainedModel | None = None, energy_type: str = "ar"
+    ) -> "EDLMModel":
+        """Put trained parts together; they are not copied.
+
+        Args:
+            denoiser: proposes. energy: `EDLMEnergyModel` for `energy_type="nce"`, a causal language model with the
+                same token ids for `"ar"` and `"coar"`, None for no energy.
+        Raises:
+            ValueError: the parts do not fit: another vocabulary, mask or kind of network.
+        """
+        fields = {name: getattr(denoiser.config, name) for name in EDLMConfig.__annotations__}
+        if energy is None:
+            return cls(EDLMConfig(**fields | {"energy_type": "none", "energy_config": None}), denoiser=denoiser)
+        is_nce = isinstance(energy, EDLMEnergyModel)
+        if energy_type == "none" or (energy_type == "nce") != is_nce:
+            raise ValueError(f"energy_type={energy_type!r} does not go with an energy of class {type(energy).__name__}")
+        _check_vocabulary(denoiser.config, energy.config)
+        if energy.config.model_type != EDLMConfig.model_type:
+            changes, own = {"energy_config": energy.config.to_dict()}, {}
+        else:
+            own = {name: getattr(energy.config, name) for name in EDLMConfig.__annotations__}
+            changes = {
+                "energy_config": {
+                    name: value
+                    for name, value in own.items()
+                    if value != fields[name] and not name.startswith("energy_")
+                }
+            }
+        if is_nce:
+            changes |= {name: own[name] for name in ("energy_target", "energy_pooling", "energy_num_layers")}
+        config = EDLMConfig(**fields | {"energy_type": energy_type} | changes)
+        return cls(config, denoiser=denoiser, energy_model=energy)
+
+    @property
+    def energy_type(self) -> str:
+        return self.config.energy_type
+
+    def get_input_embeddings(self):
+        return self.denoiser.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.denoiser.set_input_embeddings(value)
+
+    def forward(self, *args, **kwargs) -> MaskedLMOutput:
+        """The denoiser's forward pass."""
+        return self.denoiser(*args, **kwargs)
+
+    def log_p_x0(self, xt, t=None, attention_mask=None) -> torch.Tensor:
+        """SUBS log-probabilities (N, L, V) of the denoiser, float32."""
+        return self.denoiser.log_p_x0(xt, t, attention_mask)
+
+    def energy(self, x, xt, t=None, attention_mask=None, log_mu=None) -> torch.Tensor:
+        """Energy of candidates, lower is better.
+
+        Args:
+            x: (N, L) candidates: x0, or xs for `energy_target="xs"`. xt: (N, L) the state they were proposed for.
+            t: time of xt (of xs for a step energy), scalar or (N,); read only by networks with time conditioning.
+            log_mu: (N,) log mu(x | xt) where the caller knows it already; only the AR energies need it.
+        Returns:
+            (N,) float32; zeros for `energy_type="none"`. Source: EDLM, sections 4.1 (AR, coAR) and 4.2 (NCE).
+        """
+        if self.energy_type == "none":
+            return torch.zeros(x.shape[0], device=x.device)
+        if self.energy_type == "nce":
+            return self.energy_model(x, xt=xt, t=t, attention_mask=attention_mask).logits[:, 0]
+        masked_NL = xt == self.config.mask_token_id
+        if log_mu is None:
+            log_p_NL = self.log_p_x0(xt, t, attention_mask).gather(-1, x[..., None])[..., 0]
+            log_mu = torch.where(masked_NL, log_p_NL, 0.0).sum(-1)
+        where_NL = masked_NL if self.energy_type == "coar" else torch.ones_like(masked_NL)
+        bos, mask = self.config.for_energy().bos_token_id, self.config.mask_token_id
+        if self.config.energy_is_foreign:
+            bos = self.energy_model.config.bos_token_id
+        return log_mu - causal_log_prob(self.energy_model, x, where_NL, bos, mask, attention_mask)
+
+
+def _part_of(config: EDLMConfig, energy_types: tuple[str, ...], name: str) -> EDLMConfig:
+    """The configuration of an energy network, given its own or that of the whole EDLM that holds it."""
+    if config.energy_config is None:
+        return config
+    if config.energy_type not in energy_types or config.energy_is_foreign:
+        raise ValueError(f"{name} needs energy_type in {energy_types}, the checkpoint has {config.energy_type!r}")
+    return config.for_energy()
+
+
+def _check_vocabulary(ours: EDLMConfig, theirs) -> None:
+    """Token ids must mean the same; an AR model of another library may lack the mask token if it is the last id."""
+    if theirs.model_type == EDLMConfig.model_type:
+        fits = (ours.vocab_size, ours.mask_token_id) == (theirs.vocab_size, theirs.mask_token_id)
+    else:
+        fits = ours.vocab_size - theirs.vocab_size in (0, 1) and ours.mask_token_id == ours.vocab_size - 1
+    if not fits:
+        raise ValueError(
+            f"energy has vocab_size {theirs.vocab_size}, the denoiser has {ours.vocab_size} with mask_token_id "
+            f"{ours.mask_token_id}: both must use the same tokenizer"
+        )

@@ -1,0 +1,399 @@
+"""Reading, tokenizing, packing and batching; needs no network, no GPU and, but for Hub names, no `datasets`."""
+
+import random
+import shutil
+import string
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from training import data
+from training.data import (
+    PackedTokens,
+    StepBatches,
+    character_tokenizer,
+    read_texts,
+    step_batch_indices,
+    tokenize,
+)
+
+SAMPLE = str(Path(__file__).parent / "fixtures" / "wiki27-sample.parquet")
+
+
+@pytest.fixture(autouse=True)
+def _no_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs as if `datasets` were not installed, unless it brings its own."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+
+
+@pytest.fixture(scope="module")
+def characters() -> PreTrainedTokenizerFast:
+    return character_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def sample() -> str:
+    return "".join(pq.read_table(SAMPLE).column("text").to_pylist())
+
+
+@pytest.fixture(scope="module")
+def bpe(sample: str) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with an end-of-text token and more than 256 ids, as GPT-2's but small."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator([sample], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+
+
+def write_parquet(path: Path, texts: list, column: str = "text", rows: int = 2) -> str:
+    pq.write_table(pa.table({column: texts}), path, row_group_size=rows)
+    return str(path)
+
+
+# ---- reading
+
+
+def test_the_sample_is_one_stream_in_rows(sample: str) -> None:
+    rows = list(read_texts(SAMPLE))
+    assert [len(row) for row in rows] == [10_000] * 6
+    assert "".join(rows) == sample
+    assert set(sample) == set(" " + string.ascii_lowercase) and "  " not in sample
+
+
+def test_a_folder_gives_the_shards_of_the_split_in_order(tmp_path: Path) -> None:
+    for i in (1, 0):
+        write_parquet(tmp_path / f"train-0000{i}.parquet", [f"shard {i} row {r}" for r in range(3)])
+    write_parquet(tmp_path / "validation.parquet", ["held out"])
+    (tmp_path / "notes.txt").write_text("not data")
+    assert list(read_texts(str(tmp_path))) == [f"shard {i} row {r}" for i in range(2) for r in range(3)]
+    assert list(read_texts(str(tmp_path), "validation")) == ["held out"]
+
+
+def test_a_folder_of_text_files(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_bytes("zweite\r\nZeile \u00e9".encode())
+    (tmp_path / "a.txt").write_text("first")
+    assert list(read_texts(str(tmp_path))) == ["first", "zweite\r\nZeile \u00e9"]
+    # Text of no split is for training only; validating on it must be asked for, by a file's name.
+    with pytest.raises(FileNotFoundError, match=r"no validation\*.parquet or validation\*.txt .*a.txt"):
+        read_texts(str(tmp_path), "validation")
+    (tmp_path / "validation.txt").write_text("held out")
+    (tmp_path / "train.txt").write_text("seen")
+    assert list(read_texts(str(tmp_path), "validation")) == ["held out"]
+    assert list(read_texts(str(tmp_path))) == ["seen"]
+
+
+def test_missing_sources(tmp_path: Path) -> None:
+    for source in (tmp_path / "none.parquet", tmp_path / "none", "none.txt", "./none/there", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match="none|a/b/c"):
+            read_texts(str(source))
+    with pytest.raises(FileNotFoundError, match=r"no train\*.parquet"):
+        read_texts(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("empty.parquet", b"", "0 bytes"),
+        ("noise.parquet", b"this is no parquet file at all", "arquet"),
+        ("empty.txt", b"", "empty"),
+        ("latin.txt", "caf\u00e9".encode("latin-1"), "utf-8.*position 3"),
+        ("table.csv", b"text\nhello", "expected a .parquet or a .txt"),
+    ],
+)
+def test_bad_files_are_named_with_the_reason(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"(?s){name}.*{reason}"):
+        list(read_texts(str(tmp_path / name)))
+
+
+def test_bad_parquet_contents_are_named_with_the_reason(tmp_path: Path) -> None:
+    cut = tmp_path / "cut.parquet"
+    cut.write_bytes(Path(SAMPLE).read_bytes()[:-100])
+    damaged = bytearray(Path(SAMPLE).read_bytes())  # the footer is whole, the pages are not
+    damaged[3000:12000] = bytes(9000)
+    (tmp_path / "damaged.parquet").write_bytes(damaged)
+    write_parquet(tmp_path / "rows.parquet", pa.array([], pa.string()))
+    write_parquet(tmp_path / "column.parquet", ["x"], column="body")
+    write_parquet(tmp_path / "null.parquet", ["x", "y", None])
+    write_parquet(tmp_path / "number.parquet", [1, 2])
+    write_parquet(tmp_path / "binary.parquet", [b"ok"])
+    for name, reason in {
+        "cut": "",
+        "damaged": "",
+        "rows": "no rows",
+        "column": r"no column 'text'; the columns are \['body'\]",
+        "null": "None in row 2",
+        "number": "1 in row 0",
+        "binary": "b'ok' in row 0",
+    }.items():
+        with pytest.raises(ValueError, match=f"{name}.parquet: .*{reason}"):
+            list(read_texts(str(tmp_path / f"{name}.parquet")))
+
+
+def test_hub_names_need_datasets() -> None:
+    with pytest.raises(ImportError, match="'owner/name' is no file or folder.*pip install datasets"):
+        read_texts("owner/name")
+
+
+class FakeHub:
+    """As much of a `datasets.Dataset` as is used."""
+
+    column_names, _fingerprint = ["id", "text"], "f1"
+
+    def select_columns(self, names: list[str]) -> list[dict[str, str]]:
+        return [{name: f"{name} {i}" for name in names} for i in range(3)]
+
+
+def test_hub_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bpe: PreTrainedTokenizerFast) -> None:
+    def load_dataset(name: str, config: str | None, split: str) -> FakeHub:
+        calls.append((name, config, split))
+        if name == "owner/none":
+            raise ConnectionError("no network")
+        return FakeHub()
+
+    calls: list[tuple] = []
+    module = ModuleType("datasets")
+    module.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", module)
+
+    assert list(read_texts("owner/name:config", "test")) == ["text 0", "text 1", "text 2"]
+    assert list(read_texts("name")) == ["text 0", "text 1", "text 2"]
+    assert calls == [("owner/name", "config", "test"), ("name", None, "train")]
+    with pytest.raises(FileNotFoundError, match="'owner/none' is no file or folder.*no network"):
+        read_texts("owner/none")
+    with pytest.raises(ValueError, match=r"owner/name: no column 'body'; the columns are \['id', 'text'\]"):
+        read_texts("owner/name", text_column="body")
+
+    tokens = tokenize("owner/name:config", bpe, tmp_path)
+    assert bpe.decode(tokens) == "".join(f"text {i}<|endoftext|>" for i in range(3))
+    monkeypatch.setattr(FakeHub, "_fingerprint", "f2")
+    tokenize("owner/name:config", bpe, tmp_path)
+    assert len(list(tmp_path.glob("name-config-train.*.npy"))) == 2
+
+
+# ---- tokenizing
+
+
+def test_the_stream_of_the_sample_is_its_text(tmp_path: Path, characters: PreTrainedTokenizerFast, sample: str) -> None:
+    tokens = tokenize(SAMPLE, characters, tmp_path)
+    assert isinstance(tokens, np.memmap) and not tokens.flags.writeable
+    assert tokens.dtype == np.uint8 and tokens.shape == (60_000,)
+    assert tokens.tolist() == characters(sample)["input_ids"]
+    assert characters.decode(tokens) == sample
+
+
+def test_documents_are_followed_by_eos(
+    tmp_path: Path, bpe: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["first one", "", "zwei\u00e9 \U0001f600\n", "as text: <|endoftext|>", "x" * 100]
+    source = write_parquet(tmp_path / "texts.parquet", texts)
+    backend = data._plain_backend(bpe)
+    ids = [backend.encode(text).ids for text in texts]
+    assert bpe.eos_token_id not in sum(ids, [])  # also where a text spells it
+
+    for chars in (1, 20, 4_000_000):  # the batches do not show
+        monkeypatch.setattr(data, "BATCH_CHARS", chars)
+        with_eos = tokenize(source, bpe, tmp_path / str(chars))
+        assert with_eos.tolist() == sum([i + [bpe.eos_token_id] for i in ids], [])
+        assert with_eos.dtype == np.uint16
+    without = tokenize(source, bpe, tmp_path, join="none")
+    assert without.tolist() == sum(ids, [])
+    assert bpe.decode(without) == "".join(texts)
+    with pytest.raises(ValueError, match="'eos' or 'none', not 'space'"):
+        tokenize(source, bpe, tmp_path, join="space")
+
+
+def test_earlier_calls_of_the_tokenizer_do_not_matter(tmp_path: Path, bpe: PreTrainedTokenizerFast) -> None:
+    source = write_parquet(tmp_path / "texts.parquet", ["a long text", "b"])
+    before = tokenize(source, bpe, tmp_path)
+    bpe("a long text", truncation=True, max_length=2)
+    assert np.array_equal(before, tokenize(source, bpe, tmp_path / "other"))
+    tokenize(source, bpe, tmp_path)
+    assert len(list(tmp_path.glob("*.npy"))) == 1
+
+
+def test_the_cache_is_used_and_follows_its_sources(
+    tmp_path: Path, characters: PreTrainedTokenizerFast, bpe: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shutil.copy(SAMPLE, tmp_path / "text.parquet")
+    out = tmp_path / "cache"
+    first = tokenize(source, characters, out)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_write_npy", None)  # would fail if called
+        assert np.array_equal(tokenize(source, characters, out), first)
+    tokenize(source, bpe, out)
+    tokenize(source, bpe, out, join="none")
+    tokenize(source, character_tokenizer(string.ascii_lowercase + " "), out)
+    assert len(list(out.iterdir())) == 4
+    write_parquet(Path(source), ["another text"])
+    assert characters.decode(tokenize(source, characters, out)) == "another text"
+    assert len(list(out.iterdir())) == 5
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_broken_off_run_leaves_nothing(
+    tmp_path: Path, characters: PreTrainedTokenizerFast, sample: str, monkeypatch: pytest.MonkeyPatch, error: type
+) -> None:
+    def breaks_off(*args):
+        yield from list(complete(*args))[:3]
+        assert len(list(tmp_path.glob("*.tmp"))) == 1 and not list(tmp_path.glob("*.npy"))
+        raise error
+
+    monkeypatch.setattr(data, "BATCH_CHARS", 10_000)
+    complete = data._encode
+    monkeypatch.setattr(data, "_encode", breaks_off)
+    with pytest.raises(error):
+        tokenize(SAMPLE, characters, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+    monkeypatch.setattr(data, "_encode", complete)
+    (tmp_path / "wiki27-sample.0.tmp").write_bytes(b"of a process that was killed")
+    assert characters.decode(tokenize(SAMPLE, characters, tmp_path)) == sample
+
+
+def test_texts_without_tokens_or_that_cannot_be_tokenized(tmp_path: Path) -> None:
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0})))  # no id for the rest
+    source = write_parquet(tmp_path / "texts.parquet", ["a", "a", "b"])
+    with pytest.raises(ValueError, match="texts.parquet: documents 0 to 2 cannot be tokenized: .*UNK"):
+        tokenize(source, words, tmp_path)
+    source = write_parquet(tmp_path / "empty.parquet", ["", ""])
+    with pytest.raises(ValueError, match="no tokens"):
+        tokenize(source, words, tmp_path)
+    assert not list(tmp_path.glob("*.npy")) + list(tmp_path.glob("*.tmp"))
+
+
+# ---- characters
+
+
+def test_ids_follow_the_alphabet_and_the_mask_is_last(characters: PreTrainedTokenizerFast) -> None:
+    assert characters("abc")["input_ids"] == [1, 2, 3]
+    assert characters(" " + string.ascii_lowercase)["input_ids"] == list(range(27))
+    assert len(characters) == 28 and characters.mask_token_id == 27
+    assert characters.all_special_tokens == ["[MASK]"] and characters.model_max_length == 256
+
+
+@pytest.mark.parametrize(
+    "text, becomes",
+    [
+        ("", ""),
+        (" spaces at the ends ", " spaces at the ends "),
+        ("the [MASK][MASK][MASK] cat", "the [MASK][MASK][MASK] cat"),
+        ("[MASK]", "[MASK]"),
+        ("a [MASK] b", "a [MASK] b"),
+        ("In 1984, the END\u00e9!\n", "in one nine eight four the end "),
+        ("caf\u00e9s  and\t\ttabs", "caf s and tabs"),
+        ("42", " four two "),
+        ("\U0001f600", " "),
+    ],
+)
+def test_any_text_can_be_encoded(characters: PreTrainedTokenizerFast, text: str, becomes: str) -> None:
+    ids = characters(text)["input_ids"]
+    assert characters.decode(ids) == becomes
+    assert len(ids) == len(becomes.replace("[MASK]", "#")) == ids.count(27) + sum(i < 27 for i in ids)
+
+
+def test_saved_and_loaded_it_is_the_same(tmp_path: Path, characters: PreTrainedTokenizerFast) -> None:
+    characters.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.backend_tokenizer.to_str() == characters.backend_tokenizer.to_str()
+    assert (loaded.mask_token_id, loaded.model_max_length, len(loaded)) == (27, 256, 28)
+    text = " In 1984 the [MASK][MASK] cat, "
+    assert loaded(text)["input_ids"] == characters(text)["input_ids"]
+    assert loaded.decode(loaded(text)["input_ids"]) == " in one nine eight four the [MASK][MASK] cat "
+
+
+@pytest.mark.parametrize("alphabet", [" abcdefghijklmnopqrstuvwxyz", string.printable, "ab]^-[\\&\u00e9\u4e2d", "01"])
+def test_the_table_equals_the_tokenizer(tmp_path: Path, alphabet: str) -> None:
+    tokenizer = character_tokenizer(alphabet)
+    lookup = data._character_lookup(data._plain_backend(tokenizer))
+    assert lookup(alphabet).tolist() == list(range(len(alphabet)))
+    rng = random.Random(0)
+    others = ["A", "7", "  ", "\u00e9", "\U0001f600", "[MASK]", "\n", "\u0130"]
+    texts = ["".join(rng.choices(alphabet, k=50)) for _ in range(50)]
+    texts += ["".join(rng.choices(list(alphabet) + others, k=20)) for _ in range(50)] + ["", "[MASK]"]
+    tokens = tokenize(write_parquet(tmp_path / "texts.parquet", texts), tokenizer, tmp_path)
+    assert tokens.tolist() == sum(tokenizer(texts, split_special_tokens=True)["input_ids"], [])
+    assert tokens.max() < tokenizer.mask_token_id  # text is never taken for the mask
+
+
+def test_the_table_serves_no_other_tokenizer(bpe: PreTrainedTokenizerFast) -> None:
+    assert data._character_lookup(data._plain_backend(bpe))("abc") is None
+    other = Tokenizer(models.WordLevel({"a": 0, "b": 1}))
+    assert data._character_lookup(other)("ab") is None
+
+
+def test_alphabets_that_are_none() -> None:
+    for alphabet in ("", "aba"):
+        with pytest.raises(ValueError, match=f"each character once, not {alphabet!r}"):
+            character_tokenizer(alphabet)
+
+
+# ---- blocks and batches
+
+
+@pytest.mark.parametrize("num_tokens, length", [(7, 7), (8, 7), (13, 7), (14, 7), (100, 1), (60, 16)])
+def test_every_token_is_new_in_one_block(num_tokens: int, length: int) -> None:
+    tokens = np.arange(num_tokens, dtype=np.uint16)
+    blocks = list(PackedTokens(tokens, length))
+    assert len(blocks) == len(PackedTokens(tokens, length)) == -(-num_tokens // length)
+    assert all(block["input_ids"].shape == (length,) for block in blocks)
+    assert all(block["input_ids"].dtype == torch.int64 for block in blocks)
+    assert torch.cat([block["input_ids"][length - block["num_new"] :] for block in blocks]).tolist() == tokens.tolist()
+    assert blocks[-1]["input_ids"][-1] == num_tokens - 1
+
+
+def test_too_few_tokens_for_a_block() -> None:
+    with pytest.raises(ValueError, match="5 tokens .* length 6"):
+        PackedTokens(np.zeros(5, np.uint8), 6)
+    with pytest.raises(IndexError):
+        PackedTokens(np.zeros(5, np.uint8), 5)[1]
+
+
+@pytest.mark.parametrize(
+    "num_blocks, batch_size, world_size", [(12, 2, 3), (13, 2, 3), (5, 4, 2), (1, 2, 1), (7, 3, 1)]
+)
+def test_every_block_once_per_epoch(num_blocks: int, batch_size: int, world_size: int) -> None:
+    def batch(step: int, rank: int) -> torch.Tensor:
+        return step_batch_indices(num_blocks, batch_size, step, 3, rank, world_size)
+
+    num_steps = 5 * num_blocks
+    stream = torch.cat([batch(step, rank) for step in range(num_steps) for rank in range(world_size)])
+    assert stream.dtype == torch.int64
+    for epoch in stream[: len(stream) // num_blocks * num_blocks].view(-1, num_blocks):
+        assert sorted(epoch.tolist()) == list(range(num_blocks))
+    for step in (17 % num_steps, 0, num_steps - 1):  # in any order, and in a new process
+        data._permutation.cache_clear()
+        whole = step_batch_indices(num_blocks, batch_size * world_size, step, 3)
+        assert torch.equal(torch.cat([batch(step, rank) for rank in range(world_size)]), whole)
+        assert torch.equal(stream.view(num_steps, -1)[step], whole)
+
+
+def test_epochs_and_seeds_differ() -> None:
+    first, second = step_batch_indices(50, 50, 0, 0), step_batch_indices(50, 50, 1, 0)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, step_batch_indices(50, 50, 0, 1))
+
+
+def test_a_loader_resumes_where_it_stopped(tmp_path: Path, characters: PreTrainedTokenizerFast) -> None:
+    blocks = PackedTokens(tokenize(SAMPLE, characters, tmp_path), 256)
+
+    def load(steps: range) -> list[torch.Tensor]:
+        batches = StepBatches(len(blocks), 8, steps, seed=1, rank=1, world_size=2)
+        assert len(batches) == len(steps)
+        return [batch["input_ids"] for batch in DataLoader(blocks, batch_sampler=batches)]
+
+    whole, resumed = load(range(40)), load(range(25, 40))
+    assert whole[0].shape == (8, 256)
+    assert all(torch.equal(a, b) for a, b in zip(whole[25:], resumed, strict=True))

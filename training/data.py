@@ -1,0 +1,328 @@
+"""Text to token blocks: read a corpus, tokenize it once into a memory-mapped file, cut blocks, draw batches.
+
+A batch is a pure function of (seed, step, rank), so that a resumed run sees what an uninterrupted one would have seen.
+
+Shapes: B batch of one rank, L length of a block, N tokens of the stream.
+"""
+
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from torch.utils.data import Dataset, Sampler
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast
+
+BATCH_CHARS = 4_000_000  # handed to the tokenizer at once: enough for all its threads, little in memory
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+# ---- reading
+
+
+def read_texts(source: str, split: str = "train", text_column: str = "text") -> Iterator[str]:
+    """Yields the documents of `source`, one per parquet row or text file, in a fixed order and in flat memory.
+
+    `source` is a .parquet or .txt file (`split` then plays no part); a folder, whose `{split}*.parquet` are read in
+    sorted order, else its `{split}*.txt`, else, for "train" alone, all its *.txt; or the name of a data set on the
+    Hub, `name` or `name:config`, for which the package `datasets` is needed.
+
+    Raises FileNotFoundError for a source that is not there, ImportError for a Hub name without `datasets`, and
+    ValueError for a file that is empty, unreadable, not UTF-8 or without the column, each naming file and reason.
+    """
+    return _open(source, split, text_column)[1]
+
+
+def _open(source: str, split: str, text_column: str) -> tuple[list, Iterator[str]]:
+    """What identifies the text of `source` (names, sizes, times), and its documents."""
+    path = Path(source)
+    if path.exists():
+        files = _split_files(path, split) if path.is_dir() else [path]
+        origin = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return origin, (text for file in files for text in _file_texts(file, text_column))
+    if path.suffix in (".parquet", ".txt") or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", source):
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        message = f"{source!r} is no file or folder; to read a Hub data set of this name: pip install datasets"
+        raise ImportError(message) from error
+    name, _, config = source.partition(":")
+    try:
+        data = load_dataset(name, config or None, split=split)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(f"{source!r} is no file or folder, nor can the Hub give it: {error}") from error
+    if text_column not in data.column_names:
+        raise ValueError(f"{source}: no column {text_column!r}; the columns are {data.column_names}")
+    texts = (row[text_column] for row in data.select_columns([text_column]))
+    return [source, split, data._fingerprint], _checked(texts, f"{source}: column {text_column!r}")
+
+
+def _split_files(folder: Path, split: str) -> list[Path]:
+    # Only "train" may mean "every file": else a run would validate on its training text and not notice.
+    patterns = [f"{split}*.parquet", f"{split}*.txt"] + ["*.txt"] * (split == "train")
+    for pattern in patterns:
+        if files := sorted(folder.glob(pattern)):
+            return files
+    names = sorted(file.name for file in folder.iterdir())[:10]
+    raise FileNotFoundError(f"{folder}: no {' or '.join(patterns)} there; the folder has {names}")
+
+
+def _file_texts(file: Path, text_column: str) -> Iterator[str]:
+    try:
+        if file.suffix == ".txt":
+            text = file.read_bytes().decode("utf-8-sig")  # from bytes: line ends stay as they are
+            if not text:
+                raise ValueError("the file is empty")
+            yield text
+        elif file.suffix == ".parquet":
+            with pq.ParquetFile(file) as parquet:
+                if text_column not in parquet.schema_arrow.names:
+                    raise ValueError(f"no column {text_column!r}; the columns are {parquet.schema_arrow.names}")
+                if parquet.metadata.num_rows == 0:
+                    raise ValueError("the file has no rows")
+                batches = parquet.iter_batches(batch_size=64, columns=[text_column])  # one row group at a time
+                texts = (text for batch in batches for text in batch.column(0).to_pylist())
+                yield from _checked(texts, f"column {text_column!r}")
+        else:
+            raise ValueError("expected a .parquet or a .txt file")
+    except (OSError, ValueError, pa.ArrowException) as error:  # a UnicodeDecodeError is a ValueError
+        raise ValueError(f"cannot read {file}: {error}") from error
+
+
+def _checked(texts: Iterator, where: str) -> Iterator[str]:
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{where} has {text!r} in row {row}, which is not text")
+        yield text
+
+
+# ---- tokenizing
+
+
+def tokenize(
+    source: str,
+    tokenizer: PreTrainedTokenizerFast,
+    out_dir: str | Path,
+    split: str = "train",
+    text_column: str = "text",
+    join: Literal["eos", "none"] = "eos",
+) -> np.memmap:
+    """The token ids of `source` as one read-only stream (N,), made once and kept in `out_dir`.
+
+    With `join="eos"` each document is followed by the tokenizer's `eos_token_id`, if it has one; with "none", or
+    without an eos, documents follow each other with nothing between. There is no other special token: where a text
+    has the characters "[MASK]" they are encoded like any others. The dtype is the smallest unsigned one that holds
+    every id.
+
+    The file carries a hash of what it was made from (names, sizes and times of the source, tokenizer, separator), and
+    gets its name only when whole: a kill leaves a *.tmp at most. Several processes may call this at the same time.
+
+    Raises what `read_texts` raises, and ValueError if there is no token or the tokenizer refuses a text.
+    """
+    if join not in ("eos", "none"):
+        raise ValueError(f"join must be 'eos' or 'none', not {join!r}")
+    separator = [] if join == "none" or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    origin, texts = _open(source, split, text_column)
+    backend = _plain_backend(tokenizer)
+    made_from = json.dumps([origin, text_column, backend.to_str(), separator])
+    label = Path(source).stem if Path(source).is_file() else f"{Path(source).name}-{split}"
+    label = re.sub(r"[^\w.-]", "-", label)
+    path = Path(out_dir) / f"{label}.{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.npy"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        dtype = np.min_scalar_type(max(tokenizer.get_vocab().values()))
+        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+        try:
+            _write_npy(temporary, _encode(source, texts, backend, separator, dtype), dtype)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return np.load(path, mmap_mode="r")
+
+
+def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """A copy without the padding and truncation of earlier calls, to which "[MASK]" in a text is only text."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True
+    return backend
+
+
+def _encode(
+    source: str, texts: Iterator[str], backend: Tokenizer, separator: list[int], dtype: np.dtype
+) -> Iterator[np.ndarray]:
+    """Yields the ids of the documents, each with `separator` behind it, many documents at a time."""
+    lookup = _character_lookup(backend)
+    first = 0
+    with tqdm(desc=f"tokenizing {source}", unit="char", unit_scale=True, disable=None) as progress:
+        for batch in _batches(texts):
+            ids = [lookup(text) for text in batch]
+            rest = [text for text, known in zip(batch, ids, strict=True) if known is None]
+            try:
+                encodings = iter(backend.encode_batch_fast(rest, add_special_tokens=False))
+            except Exception as error:  # the type that tokenizers raises
+                last = first + len(batch) - 1
+                raise ValueError(f"{source}: documents {first} to {last} cannot be tokenized: {error}") from error
+            parts = [(next(encodings).ids if known is None else known, separator) for known in ids]
+            yield np.concatenate([np.asarray(part, dtype) for pair in parts for part in pair])
+            first += len(batch)
+            progress.update(sum(map(len, batch)))
+
+
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _write_npy(path: Path, arrays: Iterator[np.ndarray], dtype: np.dtype) -> None:
+    """Writes the arrays one after another as one .npy (N,), with N known only at the end."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (0,)}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)  # padded by numpy so that N can grow in place
+        start = file.tell()
+        for array in arrays:
+            file.write(array)
+        header["shape"] = ((file.tell() - start) // dtype.itemsize,)
+        if header["shape"] == (0,):
+            raise ValueError("there are no tokens in the text")
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, header)
+        assert file.tell() == start
+
+
+# ---- characters
+
+
+def character_tokenizer(
+    alphabet: str = " abcdefghijklmnopqrstuvwxyz", model_max_length: int = 256
+) -> PreTrainedTokenizerFast:
+    """One token per character, ids in the order of `alphabet`, and `[MASK]` as the last id; no other special token.
+
+    Any text can be encoded. As in text8, what is outside the alphabet becomes one space per run (nothing if the
+    alphabet has no space) and capitals become small letters if the alphabet has no capitals; if it has the space but
+    no digit, digits are spelled out and runs of spaces become one. `[MASK]` in a text is the mask token.
+
+    Raises ValueError if `alphabet` is empty or has a character twice.
+    """
+    if not alphabet or len(set(alphabet)) < len(alphabet):
+        raise ValueError(f"alphabet must have each character once, not {alphabet!r}")
+    steps = [normalizers.Lowercase()] if alphabet == alphabet.lower() else []
+    outside = normalizers.Replace(Regex(f"[^{re.escape(alphabet)}]+"), " " if " " in alphabet else "")
+    if " " in alphabet and not re.search("[0-9]", alphabet):
+        steps += [normalizers.Replace(str(digit), f" {name} ") for digit, name in enumerate(DIGITS)]
+        steps += [outside, normalizers.Replace(Regex(" {2,}"), " ")]
+    else:
+        steps += [outside]
+    backend = Tokenizer(models.WordLevel({character: i for i, character in enumerate(alphabet)}))
+    backend.normalizer = normalizers.Sequence(steps)
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        mask_token="[MASK]",
+        model_max_length=model_max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _character_lookup(backend: Tokenizer) -> Callable[[str], np.ndarray | None]:
+    """text -> ids, or None where the backend itself is needed. Serves the tokenizers of `character_tokenizer` only.
+
+    Some 40 times as fast as the backend: a text that normalization leaves as it is needs no more than a table.
+    """
+    vocab = backend.get_vocab(with_added_tokens=False)
+    alphabet = "".join(sorted(vocab, key=vocab.get))
+    if max(map(len, vocab)) > 1 or backend.to_str() != _plain_backend(character_tokenizer(alphabet)).to_str():
+        return lambda text: None
+    table = np.full(0x110000, -1, np.int32)
+    table[[ord(character) for character in alphabet]] = range(len(alphabet))
+
+    def lookup(text: str) -> np.ndarray | None:
+        ids = table[np.frombuffer(text.encode("utf-32-le"), np.uint32)]
+        return None if "  " in text or (ids < 0).any() else ids
+
+    return lookup
+
+
+# ---- blocks and batches
+
+
+class PackedTokens(Dataset):
+    """Consecutive blocks (L,) of a token stream (N,). The last block is shifted back to end at the last token.
+
+    So no token is lost, but the last block repeats some: `num_new` of a block says how many tokens, at its end, the
+    blocks before did not have. Counting only these counts each token once.
+
+    Raises ValueError if the stream is shorter than one block.
+    """
+
+    def __init__(self, tokens: np.ndarray, length: int):
+        if not 1 <= length <= len(tokens):
+            raise ValueError(f"{len(tokens)} tokens do not make one block of length {length}")
+        self.tokens, self.length = tokens, length
+
+    def __len__(self) -> int:
+        return -(-len(self.tokens) // self.length)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor | int]:
+        """{"input_ids": int64 (L,), "num_new": int}"""
+        if not 0 <= i < len(self):
+            raise IndexError(f"block {i} of {len(self)}")
+        end = min((i + 1) * self.length, len(self.tokens))
+        ids = self.tokens[end - self.length : end].astype(np.int64)
+        return {"input_ids": torch.from_numpy(ids), "num_new": end - i * self.length}
+
+
+def step_batch_indices(
+    num_blocks: int, batch_size: int, step: int, seed: int, rank: int = 0, world_size: int = 1
+) -> torch.Tensor:
+    """The blocks, int64 (B,), that `rank` trains on in `step` (from 0): a pure function of its arguments.
+
+    Each epoch is a permutation of all blocks. The global batches, of batch_size * world_size, are cut from the
+    epochs laid end to end, so a batch may straddle two; each rank takes its contiguous slice.
+    """
+    place = (step * world_size + rank) * batch_size + np.arange(batch_size)
+    epoch, offset = divmod(place, num_blocks)
+    indices = np.empty(batch_size, np.int64)
+    for e in range(epoch[0], epoch[-1] + 1):
+        indices[epoch == e] = _permutation(num_blocks, seed, int(e))[offset[epoch == e]]
+    return torch.from_numpy(indices)
+
+
+@lru_cache(maxsize=4)  # this epoch's and the next one's, for a training and another set
+def _permutation(num_blocks: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(num_blocks)
+
+
+class StepBatches(Sampler[list[int]]):
+    """`step_batch_indices` for each of `steps`, as the `batch_sampler` of a DataLoader."""
+
+    def __init__(self, num_blocks: int, batch_size: int, steps: range, seed: int, rank: int = 0, world_size: int = 1):
+        self.steps = steps
+        self.indices = partial(step_batch_indices, num_blocks, batch_size, seed=seed, rank=rank, world_size=world_size)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (self.indices(step=step).tolist() for step in self.steps)

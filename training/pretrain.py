@@ -1,0 +1,195 @@
+"""Train a denoiser (masked diffusion) or an autoregressive model of the same blocks on text.
+
+    python -m training.pretrain --objective mdlm --data FOLDER --tokenizer FOLDER --output_dir runs/denoiser
+
+The saved model, `output_dir/model`, is the exponential average of the weights. Ctrl-C saves and stops; `--resume true`
+goes on to the weights that an uninterrupted run would have had. Several processes: `torchrun` or `accelerate launch`.
+
+Shapes: B batch, L length, M masked positions (flat), V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from modeling_edlm import EDLMConfig, EDLMForCausalLM, EDLMForMaskedLM
+from modeling_edlm.backbone import log_probs
+from modeling_edlm.schedule import antithetic_times, q_sample
+
+from .data import PackedTokens, step_batch_indices, tokenize
+from .trainer import LoopArguments, make_accelerator, parse_arguments, step_seed, train
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    data: str = field(default="", metadata={"help": "a parquet or text file, a folder of them, or a Hub data set"})
+    validation_data: str = field(default="", metadata={"help": "the same for evaluation; default: data's own split"})
+    text_column: str = "text"
+    cache_dir: str = field(default="", metadata={"help": "where token ids are kept; default: output_dir/tokens"})
+    eval_blocks: int = field(default=256, metadata={"help": "validation blocks of the evaluations on the way"})
+    final_eval_blocks: int = field(default=4096, metadata={"help": "validation blocks of the last evaluation"})
+
+
+@dataclass(kw_only=True)
+class PretrainArguments(LoopArguments, DataArguments):
+    objective: str = field(default="mdlm", metadata={"help": "mdlm: a denoiser; ar: an autoregressive model"})
+    tokenizer: str = field(default="", metadata={"help": "folder or repo of the tokenizer; it needs a mask token"})
+    length: int = field(default=256, metadata={"help": "tokens of a block"})
+    hidden_size: int = 256
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    cond_dim: int = field(default=0, metadata={"help": "adaptive layer norm of the denoiser; 0: plain layer norm"})
+    time_conditioning: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.objective not in ("mdlm", "ar"):
+            raise ValueError(f"objective must be mdlm or ar, got {self.objective!r}")
+
+
+def mdlm_loss(model, x0_BL: torch.Tensor, t_B: torch.Tensor, u_BL: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    """(B,) nats: (1/t) sum over masked positions of -log mu_i(x0_i | xt), MDLM (arXiv 2406.07524), equation 10."""
+    xt_BL = q_sample(x0_BL, t_B, u_BL, mask_token_id)
+    positions_M = (xt_BL == mask_token_id).flatten().nonzero()[:, 0]
+    logits_MV = model(xt_BL, t=t_B, positions=positions_M).logits
+    log_p_M = log_probs(logits_MV, mask_token_id).gather(-1, x0_BL.flatten()[positions_M, None])[:, 0]
+    rows_M = positions_M // x0_BL.shape[1]
+    return log_p_M.new_zeros(len(t_B)).index_add_(0, rows_M, -log_p_M / t_B[rows_M])
+
+
+def ar_loss(model, x0_BL: torch.Tensor, bos_token_id: int, mask_token_id: int) -> torch.Tensor:
+    """(B, L) nats: -log p_AR(x0_i | bos, x0_{<i})."""
+    bos_B1 = torch.full_like(x0_BL[:, :1], bos_token_id)
+    logits_BLV = model(torch.cat((bos_B1, x0_BL[:, :-1]), dim=1)).logits
+    return -log_probs(logits_BLV, mask_token_id).gather(-1, x0_BL[..., None])[..., 0]
+
+
+class Blocks:
+    """Training and validation blocks, and the batch of any step of this process."""
+
+    def __init__(self, arguments: DataArguments, tokenizer: PreTrainedTokenizerFast, length: int, accelerator):
+        cache_dir = arguments.cache_dir or Path(arguments.output_dir) / "tokens"
+        validation = arguments.validation_data or arguments.data
+        split = "train" if arguments.validation_data and Path(validation).is_file() else "validation"
+        if not arguments.validation_data and Path(validation).is_file():
+            raise ValueError(f"validation_data must be given when data is one file, {arguments.data}")
+        with accelerator.main_process_first():  # the others read what the first has written
+            tokens = tokenize(arguments.data, tokenizer, cache_dir, "train", arguments.text_column)
+            validation_tokens = tokenize(validation, tokenizer, cache_dir, split, arguments.text_column)
+        self.train, self.validation = PackedTokens(tokens, length), PackedTokens(validation_tokens, length)
+        self.arguments, self.accelerator = arguments, accelerator
+
+    def batch(self, step: int, micro_step: int) -> torch.Tensor:
+        """(B, L) int64 on the device: a function of the seed, the step and the process."""
+        arguments, accelerator = self.arguments, self.accelerator
+        indices = step_batch_indices(
+            len(self.train),
+            arguments.batch_size,
+            step * arguments.gradient_accumulation_steps + micro_step,
+            arguments.seed,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        return torch.stack([self.train[int(i)]["input_ids"] for i in indices]).to(accelerator.device)
+
+    def validation_batches(self, num_blocks: int):
+        """(B, L) batches of evenly spaced validation blocks, and whether each position counts: no token twice."""
+        num_blocks = min(num_blocks, len(self.validation))
+        chosen = torch.linspace(0, len(self.validation) - 1, num_blocks).round().long().tolist()
+        for start in range(0, num_blocks, self.arguments.batch_size):
+            blocks = [self.validation[i] for i in chosen[start : start + self.arguments.batch_size]]
+            x0_BL = torch.stack([block["input_ids"] for block in blocks])
+            num_new_B = torch.tensor([block["num_new"] for block in blocks])
+            counts_BL = torch.arange(x0_BL.shape[1])[None] >= x0_BL.shape[1] - num_new_B[:, None]
+            yield x0_BL.to(self.accelerator.device), counts_BL.to(self.accelerator.device)
+
+
+@torch.no_grad()
+def validation_nll(model, objective: str, blocks: Blocks, num_blocks: int) -> dict[str, float]:
+    """Nats and bits per token with the standard error over blocks: exact for ar, the continuous-time bound for mdlm.
+
+    The bound takes one t for each block, stratified over all blocks, from a fixed seed. The last block of the
+    validation text is shifted back; for mdlm its repeated tokens count like others (one block in thousands).
+    """
+    config, nlls, tokens = model.config, [], 0
+    num_blocks = min(num_blocks, len(blocks.validation))
+    generator = torch.Generator().manual_seed(step_seed(0, num_blocks))
+    t_all = antithetic_times(torch.rand((), generator=generator), num_blocks)
+    t_all = t_all[torch.randperm(num_blocks, generator=generator)]
+    for x0_BL, counts_BL in blocks.validation_batches(num_blocks):
+        with blocks.accelerator.autocast():
+            if objective == "ar":
+                nll_BL = ar_loss(model, x0_BL, config.bos_token_id, config.mask_token_id)
+                nlls += (nll_BL * counts_BL).sum(-1).tolist()
+                tokens += int(counts_BL.sum())
+            else:
+                t_B = t_all[len(nlls) :][: len(x0_BL)].to(x0_BL.device)
+                u_BL = torch.rand(x0_BL.shape, generator=generator).to(x0_BL.device)
+                nlls += mdlm_loss(model, x0_BL, t_B, u_BL, config.mask_token_id).tolist()
+                tokens += x0_BL.numel()
+    nll_N = torch.tensor(nlls, dtype=torch.float64)
+    per_token = len(nlls) / tokens
+    nats, stderr = float(nll_N.mean()) * per_token, float(nll_N.std()) / math.sqrt(len(nlls)) * per_token
+    return {
+        "validation_nll": nats,
+        "validation_bits_per_token": nats / math.log(2),
+        "validation_bits_stderr": stderr / math.log(2),
+        "validation_blocks": len(nlls),
+    }
+
+
+def main(argv: list[str] | None = None):
+    arguments = parse_arguments(PretrainArguments, __doc__, argv)
+    accelerator = make_accelerator(arguments)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    if tokenizer.mask_token_id is None:
+        raise ValueError(f"tokenizer {arguments.tokenizer!r} has no mask token: add one as its last id")
+    is_ar = arguments.objective == "ar"
+    config = EDLMConfig(
+        vocab_size=len(tokenizer),
+        mask_token_id=tokenizer.mask_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        hidden_size=arguments.hidden_size,
+        num_hidden_layers=arguments.num_hidden_layers,
+        num_attention_heads=arguments.num_attention_heads,
+        cond_dim=0 if is_ar else arguments.cond_dim,
+        time_conditioning=not is_ar and arguments.time_conditioning,
+        dropout=arguments.dropout,
+        max_position_embeddings=arguments.length,
+    )
+    blocks = Blocks(arguments, tokenizer, arguments.length, accelerator)
+    torch.manual_seed(arguments.seed)
+    model = (EDLMForCausalLM if is_ar else EDLMForMaskedLM)(config)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    accelerator.print(f"{arguments.objective}: {num_parameters:,} parameters, {len(blocks.train):,} training blocks")
+
+    def loss_fn(model, step, micro_step):
+        x0_BL = blocks.batch(step, micro_step)
+        tokens = x0_BL.numel() * arguments.gradient_accumulation_steps * accelerator.num_processes
+        with accelerator.autocast():
+            if is_ar:
+                loss = ar_loss(model, x0_BL, config.bos_token_id, config.mask_token_id).mean()
+            else:
+                # t below 0.001 masks nothing in most blocks and weighs a thousandfold when it does
+                t_B = antithetic_times(torch.rand((), device=x0_BL.device), len(x0_BL)).clamp(min=1e-3)
+                u_BL = torch.rand(x0_BL.shape, device=x0_BL.device)
+                loss = mdlm_loss(model, x0_BL, t_B, u_BL, config.mask_token_id).mean() / x0_BL.shape[1]
+        return loss, {"tokens": tokens}
+
+    def evaluate(model, is_last):
+        num_blocks = arguments.final_eval_blocks if is_last else arguments.eval_blocks
+        return validation_nll(model, arguments.objective, blocks, num_blocks)
+
+    def save(model, folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    train(arguments, model, loss_fn, evaluate, save, accelerator)
+
+
+if __name__ == "__main__":
+    main()
