@@ -18,6 +18,13 @@ AutoModelForMaskedLM.register(EDLMConfig, EDLMForMaskedLM)
 AutoModelForCausalLM.register(EDLMConfig, EDLMForCausalLM)
 AutoModelForSequenceClassification.register(EDLMConfig, EDLMEnergyModel)
 
+# save_pretrained() then puts the code beside the weights: the folder works where this package is not installed
+EDLMConfig.register_for_auto_class()
+EDLMModel.register_for_auto_class("AutoModel")
+EDLMForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
+EDLMForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+EDLMEnergyModel.register_for_auto_class("AutoModelForSequenceClassification")
+
 __all__ = [
     "EDLMConfig",
     "EDLMEnergyModel",

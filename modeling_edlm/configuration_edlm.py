@@ -8,6 +8,13 @@ from transformers import PreTrainedConfig
 ENERGY_TYPES = ("none", "ar", "coar", "nce")
 ENERGY_TARGETS = ("x0", "xs")
 ENERGY_POOLINGS = ("mean", "sum")
+AUTO_MAP = {  # which class of a folder's code each Auto class takes
+    "AutoConfig": "configuration_edlm.EDLMConfig",
+    "AutoModel": "modeling_edlm.EDLMModel",
+    "AutoModelForMaskedLM": "modeling_edlm.EDLMForMaskedLM",
+    "AutoModelForCausalLM": "modeling_edlm.EDLMForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_edlm.EDLMEnergyModel",
+}
 
 
 @strict
@@ -70,7 +77,7 @@ class EDLMConfig(PreTrainedConfig):
             self.bos_token_id = self.mask_token_id
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
-        super().__post_init__(**kwargs)
+        super().__post_init__(**{"auto_map": dict(AUTO_MAP)} | kwargs)
 
     def validate_architecture(self):
         """Part of the strict validation that the base class runs after `__post_init__`."""

@@ -54,7 +54,7 @@ class EDLMGenerationConfig(GenerationConfig):
         self.eos_token_id = kwargs.pop("eos_token_id", None)
         self.pad_token_id = kwargs.pop("pad_token_id", None)
         self.transformers_version = kwargs.pop("transformers_version", None)
-        self._from_model_config = False
+        self._from_model_config = None
         for metadata in ("_commit_hash", "_from_model_config"):
             kwargs.pop(metadata, None)
         if kwargs:

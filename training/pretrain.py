@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from modeling_edlm import EDLMConfig, EDLMForCausalLM, EDLMForMaskedLM
 from modeling_edlm.backbone import log_probs
@@ -44,6 +44,9 @@ class PretrainArguments(LoopArguments, DataArguments):
     cond_dim: int = field(default=0, metadata={"help": "adaptive layer norm of the denoiser; 0: plain layer norm"})
     time_conditioning: bool = False
     dropout: float = 0.0
+    init_from: str = field(
+        default="", metadata={"help": "start from the weights of this model of the same sizes, mdlm or ar"}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -66,6 +69,12 @@ def ar_loss(model, x0_BL: torch.Tensor, bos_token_id: int, mask_token_id: int) -
     bos_B1 = torch.full_like(x0_BL[:, :1], bos_token_id)
     logits_BLV = model(torch.cat((bos_B1, x0_BL[:, :-1]), dim=1)).logits
     return -log_probs(logits_BLV, mask_token_id).gather(-1, x0_BL[..., None])[..., 0]
+
+
+def load_trained(path: str) -> EDLMForMaskedLM | EDLMForCausalLM:
+    """A denoiser or an autoregressive model, whichever the folder or repo holds."""
+    names = AutoConfig.from_pretrained(path).architectures or []
+    return (EDLMForCausalLM if "EDLMForCausalLM" in names else EDLMForMaskedLM).from_pretrained(path)
 
 
 class Blocks:
@@ -164,6 +173,12 @@ def main(argv: list[str] | None = None):
     blocks = Blocks(arguments, tokenizer, arguments.length, accelerator)
     torch.manual_seed(arguments.seed)
     model = (EDLMForCausalLM if is_ar else EDLMForMaskedLM)(config)
+    if arguments.init_from:
+        start = load_trained(arguments.init_from)
+        try:
+            model.load_state_dict(start.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"init_from={arguments.init_from!r} has other sizes: {error}") from error
     num_parameters = sum(p.numel() for p in model.parameters())
     accelerator.print(f"{arguments.objective}: {num_parameters:,} parameters, {len(blocks.train):,} training blocks")
 

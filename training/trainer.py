@@ -66,8 +66,8 @@ class LoopArguments:
 
 # What may differ between the first start and a resumption without changing the weights.
 FREE_ARGUMENTS = set(
-    "output_dir log_steps eval_steps checkpoint_minutes max_minutes num_threads resume report_to gradient_checkpointing "
-    "cache_dir data validation_data base eval_blocks final_eval_blocks".split()
+    "output_dir log_steps eval_steps checkpoint_minutes max_minutes num_threads resume report_to data validation_data "
+    "cache_dir base gradient_checkpointing eval_blocks final_eval_blocks".split()
 )
 
 

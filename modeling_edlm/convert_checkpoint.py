@@ -1,0 +1,277 @@
+"""Published MDLM, EDLM and AR checkpoints to a folder of ours.
+
+    python -m modeling_edlm.convert_checkpoint --checkpoint mdlm.ckpt --kind denoiser --num_heads 12 --out FOLDER
+
+Reads the Lightning checkpoints of the codes of MDLM (arXiv 2406.07524) and EDLM (arXiv 2410.21357), flat state dicts,
+and folders of MDLM's remote code on the Hub (`kuleshov-group/mdlm-owt`). Nothing is unpickled but tensors.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, PreTrainedModel
+
+from .configuration_edlm import EDLMConfig
+from .modeling_edlm import EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM
+
+# What each kind becomes, and the prefixes its keys may have, the most specific first. In an EDLM checkpoint the energy
+# network stands twice, as `ebm` and inside the denoiser's `backbone`.
+KINDS = {
+    "denoiser": (EDLMForMaskedLM, ("backbone.backbone.", "backbone.", "")),
+    "ar": (EDLMForCausalLM, ("backbone.ebm.", "ebm.", "backbone.", "")),
+    "nce": (EDLMEnergyModel, ("backbone.ebm.", "ebm.", "")),
+}
+ENERGY_PREFIXES = ("backbone.ebm.", "ebm.")
+NO_WEIGHTS = ("noise.", "train_metrics.", "valid_metrics.", "test_metrics.")
+NO_WEIGHTS += ("gen_ppl_metric.", "entropy_metric.", "time_metric.")
+ROTARY = "rotary_emb.inv_freq"
+# Our names to the published ones, replaced in this order.
+RENAMED = (
+    ("network.fc1.", "energy_head.0."),
+    ("network.fc2.", "energy_head.2."),
+    ("network.projection.", "vocab_proj."),
+    ("network.", ""),
+    ("head.norm.norm.", "output_layer.norm_final."),
+    ("head.norm.modulation.", "output_layer.adaLN_modulation."),
+    ("head.linear.", "output_layer.linear."),
+    ("backbone.embedding.weight", "vocab_embed.embedding"),
+    ("backbone.time_embedding.fc1.", "sigma_map.mlp.0."),
+    ("backbone.time_embedding.fc2.", "sigma_map.mlp.2."),
+    ("backbone.blocks.", "blocks."),
+    (".norm.", "."),
+    (".norm1.modulation.", ".adaLN_modulation."),  # one layer for both norms
+    (".norm2.modulation.", ".adaLN_modulation."),
+    (".attention.", ".attn_"),
+    (".fc1.", ".mlp.0."),
+    (".fc2.", ".mlp.2."),
+)
+
+
+def from_official(
+    state_dict: Mapping,
+    kind: str,
+    num_heads: int,
+    *,
+    time_conditioning: bool = False,
+    max_position_embeddings: int = 1024,
+    mask_token_id: int | None = None,
+    bos_token_id: int | None = None,
+) -> PreTrainedModel:
+    """A model of ours with published weights, float32, in eval mode.
+
+    Args:
+        state_dict: tensors by the published names, with or without the prefixes of a whole checkpoint; or a Lightning
+            checkpoint `{"state_dict": ..., "ema": ...}`, of which the exponential averages are taken.
+        kind: `"denoiser"`, `"ar"`, or `"nce"`, the energy with mean pooling.
+        num_heads: the one size that the shapes do not tell.
+        time_conditioning: whether the model was trained to see sigma, whose place our t takes (log-linear schedule).
+        mask_token_id: `None`: the last id. bos_token_id: `None`: the mask id. A published AR model has never read
+            that one: for an AR energy give the token its texts begin with.
+    Raises:
+        ValueError: an unknown kind; missing, unknown or misshapen tensors; averages that do not fit the weights.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {tuple(KINDS)}, got {kind!r}")
+    model_class, prefixes = KINDS[kind]
+    tensors = _averaged(state_dict) if "state_dict" in state_dict else state_dict
+    if strays := [key for key, value in tensors.items() if not isinstance(value, torch.Tensor)]:
+        raise ValueError(f"not tensors: {_listed(strays)}")
+    prefix = next((p for p in prefixes if f"{p}vocab_embed.embedding" in tensors), None)
+    if prefix is None:
+        raise ValueError(
+            f"no network of kind {kind!r}: vocab_embed.embedding is missing under the prefixes {prefixes}; "
+            f"there are {_listed(list(tensors))}"
+        )
+
+    network, unknown = {}, []
+    for key, value in tensors.items():
+        if key.startswith(prefix) and not (kind == "denoiser" and key.startswith(ENERGY_PREFIXES)):
+            network[key.removeprefix(prefix)] = value
+        elif not key.startswith((*NO_WEIGHTS, "backbone.", "ebm.")):
+            unknown.append(key)
+
+    def size(key: str, axis: int) -> int:
+        if key not in network:
+            raise ValueError(f"missing for kind {kind!r}: {prefix + key}")
+        if network[key].ndim != 2:
+            raise ValueError(f"{prefix + key} must have two axes, got the shape {tuple(network[key].shape)}")
+        return network[key].shape[axis]
+
+    hidden_size = size("vocab_embed.embedding", 1)
+    _check_heads(num_heads, hidden_size, network.get(ROTARY))
+    config = EDLMConfig(
+        vocab_size=size("vocab_embed.embedding", 0),
+        mask_token_id=mask_token_id,
+        bos_token_id=bos_token_id,
+        hidden_size=hidden_size,
+        num_hidden_layers=len({key.split(".")[1] for key in network if key.startswith("blocks.")}),
+        num_attention_heads=num_heads,
+        intermediate_size=size("blocks.0.mlp.0.weight", 0),
+        cond_dim=0 if kind == "ar" else size("sigma_map.mlp.2.weight", 0),
+        max_position_embeddings=max_position_embeddings,
+        time_conditioning=time_conditioning,
+        **({"energy_type": "nce", "energy_target": "x0", "energy_pooling": "mean"} if kind == "nce" else {}),
+    )
+    model = model_class(config)
+
+    converted, used, missing, misshapen = {}, {ROTARY}, [], []
+    for name, parameter in model.state_dict().items():
+        key, shape = _official_name(name), parameter.shape
+        used.add(key)
+        shared = "blocks." in name and ".modulation." in name
+        if shared:  # shift, scale and gate of the attention, then of the MLP
+            shape = (2 * shape[0], *shape[1:])
+        if key not in network:
+            missing.append(prefix + key)
+        elif network[key].shape != shape:
+            misshapen.append(f"{prefix + key} {tuple(network[key].shape)} instead of {tuple(shape)}")
+        else:
+            converted[name] = network[key].chunk(2)[".norm2." in name] if shared else network[key]
+    unknown += [prefix + key for key in network if key not in used and not key.startswith(NO_WEIGHTS)]
+    for what, keys in (("missing", missing), ("unknown", unknown), ("of the wrong shape", misshapen)):
+        if keys:
+            raise ValueError(f"{what} for kind {kind!r}: {_listed(keys)}")
+    model.load_state_dict(converted)
+    return model.eval()
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """The content of a checkpoint file, or of the model.safetensors of a folder.
+
+    Raises:
+        ValueError: the file is damaged or holds more than weights.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # the restricted unpickler meets damaged files with many kinds of errors
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0].partition(". Please")[0]
+        raise ValueError(
+            f"{path} holds more than weights, or is damaged, and was not unpickled ({type(error).__name__}: {reason}). "
+            "If you trust its origin, keep the weights alone, on a machine with the packages it was made with: "
+            "c = torch.load(FILE, weights_only=False); torch.save({k: c[k] for k in ('state_dict', 'ema')}, NEW_FILE)"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} must hold a dictionary, got {type(content).__name__}")
+    return content
+
+
+def write_hub_folder(model: PreTrainedModel, folder: str | os.PathLike, tokenizer=None) -> None:
+    """Weights, configuration, code and tokenizer; the folder, new or empty, takes its name when it is whole."""
+    folder = Path(folder).absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, type=Path, help=".ckpt, .pt, .bin, .safetensors, or a folder")
+    parser.add_argument("--kind", required=True, choices=KINDS)
+    parser.add_argument("--num_heads", type=int, help="default: n_heads of a folder's config.json")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--tokenizer", help="folder or repo; where it has no mask token, one is added as the last id")
+    parser.add_argument("--time_conditioning", action="store_true", help="the model was trained to see the noise level")
+    parser.add_argument("--max_position_embeddings", type=int, help="default: a folder's model_length, else 1024")
+    arguments = parser.parse_args(argv)
+    published = {}
+    if arguments.checkpoint.is_dir():
+        published = json.loads((arguments.checkpoint / "config.json").read_text(encoding="utf-8"))
+    num_heads = arguments.num_heads or published.get("n_heads")
+    if num_heads is None:
+        parser.error("--num_heads must be given: the weights do not tell it")
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer) if arguments.tokenizer else None
+    if tokenizer is None and arguments.kind == "ar":
+        print("without --tokenizer the AR model's first input is the mask token, which published models never read")
+    if tokenizer is not None and tokenizer.mask_token_id is None:
+        tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    model = from_official(
+        read_checkpoint(arguments.checkpoint),
+        arguments.kind,
+        num_heads,
+        time_conditioning=arguments.time_conditioning or bool(published.get("time_conditioning")),
+        max_position_embeddings=arguments.max_position_embeddings or published.get("model_length", 1024),
+        mask_token_id=tokenizer and tokenizer.mask_token_id,
+        bos_token_id=tokenizer and tokenizer.bos_token_id,
+    )
+    if tokenizer is not None and len(tokenizer) != model.config.vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
+    write_hub_folder(model, arguments.out, tokenizer)
+    print(f"wrote {arguments.out}: {type(model).__name__}, {model.num_parameters():,} parameters")
+
+
+def _averaged(checkpoint: Mapping) -> dict[str, torch.Tensor]:
+    """The tensors of a Lightning checkpoint, the exponential averages in place of the raw weights.
+
+    The list of averages has no names: it follows the order of the trained parameters. Those of an EDLM checkpoint are
+    the energy network's alone; its denoiser is frozen and has no averages.
+    """
+    tensors, ema = checkpoint["state_dict"], checkpoint.get("ema")
+    if not ema or "shadow_params" not in ema:
+        raise ValueError(
+            "the checkpoint has no ema.shadow_params; pass its state_dict alone if the raw weights are wanted"
+        )
+    trained = next((p for p in ENERGY_PREFIXES if any(key.startswith(p) for key in tensors)), "backbone.")
+    names = [key for key in tensors if key.startswith((trained, "noise.")) and not key.endswith(ROTARY)]
+    raw, averages = [tuple(tensors[name].shape) for name in names], [tuple(p.shape) for p in ema["shadow_params"]]
+    if raw != averages:
+        place = next((i for i, (a, b) in enumerate(zip(raw, averages, strict=False)) if a != b), None)
+        where = "" if place is None else f"; the first that differs is {names[place]} {raw[place]}, {averages[place]}"
+        raise ValueError(
+            f"ema.shadow_params does not fit: {len(averages)} averages for {len(raw)} parameters under {trained}{where}"
+        )
+    return {**tensors, **dict(zip(names, ema["shadow_params"], strict=True))}
+
+
+def _official_name(name: str) -> str:
+    for ours, theirs in RENAMED:
+        name = name.replace(ours, theirs)
+    return name
+
+
+def _check_heads(num_heads: int, hidden_size: int, inv_freq: torch.Tensor | None) -> None:
+    """The shapes tell nothing of the heads, but where the rotary frequencies were saved they do."""
+    if num_heads < 1 or hidden_size % (2 * num_heads):
+        raise ValueError(f"num_heads must divide hidden_size={hidden_size} into even parts, got {num_heads}")
+    head_dim = hidden_size // num_heads
+    expected = 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
+    if inv_freq is None:
+        return
+    if inv_freq.shape != expected.shape or not torch.allclose(inv_freq.float(), expected, rtol=1e-2):
+        raise ValueError(
+            f"num_heads={num_heads} needs {len(expected)} rotary frequencies of base 10000, the checkpoint has "
+            f"{inv_freq.numel()} from {inv_freq.max():.3g} to {inv_freq.min():.3g}"
+        )
+
+
+def _listed(keys: list[str]) -> str:
+    return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Tiny models and the exact law of their samplers, by enumeration: what every sampler test compares against."""
+
+import itertools
+from collections import defaultdict
+
+import torch
+from scipy.stats import chi2
+
+from modeling_edlm import EDLMConfig, EDLMModel
+
+MASK = 3  # vocabulary {0, 1, 2, mask}
+
+
+def make_toy(energy_type="nce", energy_target="x0", length=3, seed=0, **changes) -> EDLMModel:
+    """A small time-conditioned EDLM with random weights, far from flat in its outputs."""
+    torch.manual_seed(seed)
+    config = EDLMConfig(
+        **{
+            "vocab_size": MASK + 1,
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "cond_dim": 4,
+            "time_conditioning": True,
+            "max_position_embeddings": length,
+            "dropout": 0.1,
+            "energy_type": energy_type,
+            "energy_target": energy_target,
+            "energy_config": {"cond_dim": 0, "time_conditioning": False} if "ar" in energy_type else {},
+        }
+        | changes
+    )
+    model = EDLMModel(config)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, 1.0 if "norm.weight" in name else 0.0, 0.45)
+    if energy_type == "nce":
+        model.energy_model.network.fc2.weight.data *= 1.5
+    return model.eval()
+
+
+def completions(state: tuple, positions: tuple) -> list[tuple]:
+    """All ways to fill `positions` of a state."""
+    filled = []
+    for values in itertools.product(range(MASK), repeat=len(positions)):
+        x = list(state)
+        for position, value in zip(positions, values, strict=True):
+            x[position] = value
+        filled.append(tuple(x))
+    return filled
+
+
+@torch.no_grad()
+def log_mu(model, state: tuple, t: float, positions: tuple) -> torch.Tensor:
+    """log mu of every completion of `positions`, float64."""
+    log_p_LV = model.log_p_x0(torch.tensor([state]), t=t)[0].double()
+    candidates = torch.tensor(completions(state, positions))
+    return sum(log_p_LV[p, candidates[:, p]] for p in positions)
+
+
+def law_p_k(log_mu_C: torch.Tensor, energy_C: torch.Tensor, k: int) -> torch.Tensor:
+    """p_k(x) = k mu(x) E[w(x) / (w(x) + w(x_2) + ... + w(x_k))] for every x, DESIGN: the law for finite k.
+
+    1/S is the integral of exp(-a S) over a > 0, so the expectation factorises: E = w(x) integral exp(-a w(x)) phi^(k-1)
+    with phi(a) = E_mu[exp(-a w)]. With a = exp(u) the trapezoid rule converges geometrically.
+    """
+    mu, w = log_mu_C.exp(), torch.exp(-energy_C.double() + energy_C.min())
+    u = torch.linspace(-60, 60, 24001, dtype=torch.float64)
+    a = u.exp()
+    decay = torch.exp(-a[:, None] * w)
+    phi = decay @ mu
+    integral = ((a * phi ** (k - 1))[:, None] * decay).sum(0) * (u[1] - u[0])
+    return k * mu * w * integral
+
+
+def chain_law(model, start: tuple, num_steps: int, k: int, window=(1.0, 0.0), law=law_p_k) -> dict[tuple, float]:
+    """Exact distribution of what the sampler returns from `start`, by dynamic programming over the states."""
+    dist, target = {start: 1.0}, model.config.energy_target
+    for i in range(num_steps):
+        t, s = 1 - i / num_steps, 1 - (i + 1) / num_steps
+        reveal, active = (t - s) / t, k > 1 and window[1] - 1e-9 <= t <= window[0] + 1e-9
+        following = defaultdict(float)
+        for state, p_state in dist.items():
+            masked = tuple(p for p, v in enumerate(state) if v == MASK)
+            for size in range(len(masked) + 1):
+                for now in itertools.combinations(masked, size):
+                    p_now = reveal ** len(now) * (1 - reveal) ** (len(masked) - len(now))
+                    if p_now == 0:
+                        continue
+                    filled = masked if active and target == "x0" else now
+                    log_mu_C = log_mu(model, state, t, filled) if filled else torch.zeros(1, dtype=torch.float64)
+                    candidates = completions(state, filled)
+                    p_C = log_mu_C.exp()
+                    if active and now:
+                        energy_C = exact_energy(model, candidates, state, t, s)
+                        p_C = law(log_mu_C, energy_C, k)
+                    for x, p in zip(candidates, p_C.tolist(), strict=True):
+                        kept = tuple(x[j] if j in now else v for j, v in enumerate(state))
+                        following[kept] += p_state * p_now * p
+        dist = following
+    return dict(dist)
+
+
+@torch.no_grad()
+def exact_energy(model, candidates: list[tuple], state: tuple, t: float, s: float) -> torch.Tensor:
+    x_CL = torch.tensor(candidates)
+    time = t if model.config.energy_target == "x0" else s
+    return model.energy(x_CL, torch.tensor([state]).expand_as(x_CL), time)
+
+
+def p_value(samples_NL: torch.Tensor, law: dict[tuple, float]) -> float:
+    """Chi-square p-value of samples under a law; cells expecting fewer than 5 are pooled."""
+    counts, n = defaultdict(int), len(samples_NL)
+    for row, count in zip(*(x.tolist() for x in samples_NL.unique(dim=0, return_counts=True)), strict=True):
+        counts[tuple(row)] = count
+    impossible = [x for x in counts if law.get(x, 0.0) < 1e-12]
+    if impossible:
+        return 0.0
+    cells, pooled = [], [0.0, 0.0]
+    for x, p in law.items():
+        if n * p >= 5:
+            cells.append((counts[x], n * p))
+        else:
+            pooled = [pooled[0] + counts[x], pooled[1] + n * p]
+    if pooled[1] > 0:
+        cells.append(tuple(pooled))
+    statistic = sum((observed - expected) ** 2 / expected for observed, expected in cells)
+    return float(chi2.sf(statistic, len(cells) - 1)) if len(cells) > 1 else 1.0
+
+
+def total_variation(p: dict, q: dict) -> float:
+    return sum(abs(p.get(x, 0.0) - q.get(x, 0.0)) for x in p.keys() | q.keys()) / 2

@@ -1,0 +1,54 @@
+"""Put trained parts together into one folder that is a Hub repo: weights, code, tokenizer, generation defaults.
+
+python -m training.compose --denoiser runs/denoiser/model --energy runs/energy/model --energy_type nce --out FOLDER
+"""
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modeling_edlm import EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
+
+from .trainer import parse_arguments
+
+
+@dataclass
+class ComposeArguments:
+    denoiser: str = field(metadata={"help": "folder or repo of the denoiser, with its tokenizer"})
+    out: str = field(metadata={"help": "folder to write; other files in it stay"})
+    energy: str = field(default="", metadata={"help": "folder or repo of the energy: an EDLM one or a causal LM"})
+    energy_type: str = field(default="nce", metadata={"help": "ar, coar or nce; plays no part without an energy"})
+    ar: str = field(default="", metadata={"help": "folder of an autoregressive EDLM to put into OUT/ar as a scorer"})
+    num_steps: int = 128
+    num_candidates: int = 8
+    dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16"})
+
+
+def main(argv: list[str] | None = None):
+    arguments = parse_arguments(ComposeArguments, __doc__, argv)
+    denoiser = EDLMForMaskedLM.from_pretrained(arguments.denoiser)
+    energy = None
+    if arguments.energy:
+        energy_class = EDLMEnergyModel if arguments.energy_type == "nce" else AutoModelForCausalLM
+        energy = energy_class.from_pretrained(arguments.energy)
+    model = EDLMModel.from_components(denoiser, energy, arguments.energy_type).to(getattr(torch, arguments.dtype))
+    model.generation_config.num_steps = arguments.num_steps
+    model.generation_config.num_candidates = arguments.num_candidates
+    model.generation_config.validate()
+    out = Path(arguments.out)
+    model.save_pretrained(out, max_shard_size="15MB")
+    AutoTokenizer.from_pretrained(arguments.denoiser).save_pretrained(out)
+    if arguments.ar:
+        scorer = EDLMForCausalLM.from_pretrained(arguments.ar).to(getattr(torch, arguments.dtype))
+        shutil.rmtree(out / "ar", ignore_errors=True)
+        scorer.save_pretrained(out / "ar")
+        for copy in (out / "ar").glob("*.py"):  # a subfolder takes its code from the root
+            copy.unlink()
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()
