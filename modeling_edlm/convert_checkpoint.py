@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel
@@ -22,12 +23,12 @@ from transformers import AutoTokenizer, PreTrainedModel
 from .configuration_edlm import EDLMConfig
 from .modeling_edlm import EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM
 
-# What each kind becomes, and the prefixes its keys may have, the most specific first. In an EDLM checkpoint the energy
-# network stands twice, as `ebm` and inside the denoiser's `backbone`.
+# What each kind becomes, the prefixes its keys may have, the most specific first, and its settings. In an EDLM
+# checkpoint the energy network stands twice, as `ebm` and inside the denoiser's `backbone`.
 KINDS = {
-    "denoiser": (EDLMForMaskedLM, ("backbone.backbone.", "backbone.", "")),
-    "ar": (EDLMForCausalLM, ("backbone.ebm.", "ebm.", "backbone.", "")),
-    "nce": (EDLMEnergyModel, ("backbone.ebm.", "ebm.", "")),
+    "denoiser": (EDLMForMaskedLM, ("backbone.backbone.", "backbone.", ""), {}),
+    "ar": (EDLMForCausalLM, ("backbone.ebm.", "ebm.", "backbone.", ""), {}),
+    "nce": (EDLMEnergyModel, ("backbone.ebm.", "ebm.", ""), {"energy_type": "nce", "energy_pooling": "mean"}),
 }
 ENERGY_PREFIXES = ("backbone.ebm.", "ebm.")
 NO_WEIGHTS = ("noise.", "train_metrics.", "valid_metrics.", "test_metrics.")
@@ -80,7 +81,7 @@ def from_official(
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {tuple(KINDS)}, got {kind!r}")
-    model_class, prefixes = KINDS[kind]
+    model_class, prefixes, settings = KINDS[kind]
     tensors = _averaged(state_dict) if "state_dict" in state_dict else state_dict
     if strays := [key for key, value in tensors.items() if not isinstance(value, torch.Tensor)]:
         raise ValueError(f"not tensors: {_listed(strays)}")
@@ -107,19 +108,22 @@ def from_official(
 
     hidden_size = size("vocab_embed.embedding", 1)
     _check_heads(num_heads, hidden_size, network.get(ROTARY))
-    config = EDLMConfig(
-        vocab_size=size("vocab_embed.embedding", 0),
-        mask_token_id=mask_token_id,
-        bos_token_id=bos_token_id,
-        hidden_size=hidden_size,
-        num_hidden_layers=len({key.split(".")[1] for key in network if key.startswith("blocks.")}),
-        num_attention_heads=num_heads,
-        intermediate_size=size("blocks.0.mlp.0.weight", 0),
-        cond_dim=0 if kind == "ar" else size("sigma_map.mlp.2.weight", 0),
-        max_position_embeddings=max_position_embeddings,
-        time_conditioning=time_conditioning,
-        **({"energy_type": "nce", "energy_target": "x0", "energy_pooling": "mean"} if kind == "nce" else {}),
-    )
+    try:
+        config = EDLMConfig(
+            vocab_size=size("vocab_embed.embedding", 0),
+            mask_token_id=mask_token_id,
+            bos_token_id=bos_token_id,
+            hidden_size=hidden_size,
+            num_hidden_layers=len({key.split(".")[1] for key in network if key.startswith("blocks.")}),
+            num_attention_heads=num_heads,
+            intermediate_size=size("blocks.0.mlp.0.weight", 0),
+            cond_dim=0 if kind == "ar" else size("sigma_map.mlp.2.weight", 0),
+            max_position_embeddings=max_position_embeddings,
+            time_conditioning=time_conditioning,
+            **settings,
+        )
+    except StrictDataclassError as error:
+        raise ValueError(str(error)) from error
     model = model_class(config)
 
     converted, used, missing, misshapen = {}, {ROTARY}, [], []
@@ -237,15 +241,15 @@ def _averaged(checkpoint: Mapping) -> dict[str, torch.Tensor]:
             "the checkpoint has no ema.shadow_params; pass its state_dict alone if the raw weights are wanted"
         )
     trained = next((p for p in ENERGY_PREFIXES if any(key.startswith(p) for key in tensors)), "backbone.")
+    averages = ema["shadow_params"]
     names = [key for key in tensors if key.startswith((trained, "noise.")) and not key.endswith(ROTARY)]
-    raw, averages = [tuple(tensors[name].shape) for name in names], [tuple(p.shape) for p in ema["shadow_params"]]
-    if raw != averages:
-        place = next((i for i, (a, b) in enumerate(zip(raw, averages, strict=False)) if a != b), None)
-        where = "" if place is None else f"; the first that differs is {names[place]} {raw[place]}, {averages[place]}"
+    misfits = [name for name, p in zip(names, averages, strict=False) if tensors[name].shape != p.shape]
+    if misfits or len(names) != len(averages):
         raise ValueError(
-            f"ema.shadow_params does not fit: {len(averages)} averages for {len(raw)} parameters under {trained}{where}"
+            f"ema.shadow_params does not fit: {len(averages)} averages for {len(names)} parameters under {trained}"
+            + (f"; other shapes at {_listed(misfits)}" if misfits else "")
         )
-    return {**tensors, **dict(zip(names, ema["shadow_params"], strict=True))}
+    return {**tensors, **dict(zip(names, averages, strict=True))}
 
 
 def _official_name(name: str) -> str:
@@ -258,14 +262,14 @@ def _check_heads(num_heads: int, hidden_size: int, inv_freq: torch.Tensor | None
     """The shapes tell nothing of the heads, but where the rotary frequencies were saved they do."""
     if num_heads < 1 or hidden_size % (2 * num_heads):
         raise ValueError(f"num_heads must divide hidden_size={hidden_size} into even parts, got {num_heads}")
-    head_dim = hidden_size // num_heads
-    expected = 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
     if inv_freq is None:
         return
+    head_dim = hidden_size // num_heads
+    expected = 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
     if inv_freq.shape != expected.shape or not torch.allclose(inv_freq.float(), expected, rtol=1e-2):
         raise ValueError(
-            f"num_heads={num_heads} needs {len(expected)} rotary frequencies of base 10000, the checkpoint has "
-            f"{inv_freq.numel()} from {inv_freq.max():.3g} to {inv_freq.min():.3g}"
+            f"num_heads={num_heads} needs {len(expected)} frequencies of base 10000 in {ROTARY}, which has "
+            f"{inv_freq.numel()} or others"
         )
 
 

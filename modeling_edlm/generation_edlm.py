@@ -12,11 +12,11 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 
-from .sampler import choose, draw, uniforms
+from .energy import candidate_energies
+from .sampler import choose, uniforms
 from .schedule import reveal_steps, times
 
 REVEAL, CHOICE = -1, -2  # counters of the draws that belong to no step, and to no position
-CHUNK = 2**25  # entries of the (positions, vocabulary) table that exist at a time
 
 
 class EDLMGenerationConfig(GenerationConfig):
@@ -180,50 +180,29 @@ class EDLMGenerationMixin:
         """Keep one of K candidates: x (N, L), its energy (N,) and the effective sample size (N,)."""
         is_x0 = self.config.energy_target == "x0"  # a step energy sees only what this step reveals
         x_NKL, log_mu_NK = self._propose(state, masked_NL if is_x0 else now_NL, config.num_candidates)
-        N, K, L = x_NKL.shape
-        size = config.energy_batch_size or N * K
-        xt_NKL = state.xt_NL[:, None].expand(N, K, L)
-        mask_NKL = None if state.attention_mask is None else state.attention_mask[:, None].expand(N, K, L)
-        mask_chunks = [None] * (N * K) if mask_NKL is None else mask_NKL.flatten(0, 1).split(size)
-        chunks = zip(
-            x_NKL.flatten(0, 1).split(size),
-            xt_NKL.flatten(0, 1).split(size),
-            mask_chunks,
-            log_mu_NK.flatten().split(size),
-            strict=False,
+        energy_NK = candidate_energies(
+            self.energy,
+            x_NKL,
+            state.xt_NL,
+            state.t if is_x0 else state.s,
+            log_mu_NK,
+            state.attention_mask,
+            config.energy_batch_size,
         )
-        time = state.t if is_x0 else state.s
-        energy_NK = torch.cat([self.energy(x, xt, time, mask, log_mu) for x, xt, mask, log_mu in chunks]).view(N, K)
         rows_N = state.rows_N.to(x_NKL.device)
         choice_N, ess_N = choose(
             energy_NK, config.energy_temperature, uniforms(state.seed, rows_N, state.step, CHOICE, 0)
         )
         state.health.note("energies", energy_NK.isnan().any() | ess_N.isnan().any(), state.step)
-        n = torch.arange(N, device=x_NKL.device)
+        n = torch.arange(len(x_NKL), device=x_NKL.device)
         return x_NKL[n, choice_N], energy_NK[n, choice_N], ess_N
 
     def _propose(self, state: "State", where_NL: torch.Tensor, K: int):
-        """K draws from mu(. | xt) at `where`, all from one denoiser pass.
-
-        Returns:
-            x_NKL, xt with the drawn values in place, and the sum of their log-probabilities, (N, K) float32.
-        """
-        xt_NL = state.xt_NL
-        (N, L), device = xt_NL.shape, xt_NL.device
-        encoded = self.denoiser.encode(xt_NL, state.t, state.attention_mask)
-        x_PK = xt_NL.flatten()[:, None].repeat(1, K)  # P = N * L
-        log_mu_PK = torch.zeros(N * L, K, device=device)
-        positions_M = where_NL.flatten().nonzero()[:, 0]  # on the CPU, so that the device is not waited for
-        for chunk_M in positions_M.split(max(1, CHUNK // self.config.vocab_size)):
-            row_M1, position_M1 = state.rows_N[chunk_M // L, None], (chunk_M % L)[:, None]
-            counters = (state.step, position_M1.to(device), torch.arange(K, device=device))
-            u_MK = uniforms(state.seed, row_M1.to(device), *counters)
-            chunk_M = chunk_M.to(device)
-            x_PK[chunk_M], log_mu_PK[chunk_M] = draw(self.denoiser.log_mu(*encoded, chunk_M), u_MK)
-        # summed row by row, not scattered with atomics: the same seed gives the same bits
-        log_mu_NK = log_mu_PK.view(N, L, K).sum(1)
+        x_NKL, log_mu_NK = self.denoiser.propose(
+            state.xt_NL, where_NL, K, state.seed, state.rows_N, state.step, state.t, state.attention_mask
+        )
         state.health.note("logits", log_mu_NK.isnan().any(), state.step)
-        return x_PK.view(N, L, K).transpose(1, 2), log_mu_NK
+        return x_NKL, log_mu_NK
 
     def _prepare_config(self, generation_config, changes: dict) -> EDLMGenerationConfig:
         config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)

@@ -1,6 +1,6 @@
 """The EDLM models: denoiser, autoregressive model, energy, and the three put together.
 
-Shapes: N rows, L length, V vocabulary, M selected positions (flat indices into N * L).
+Shapes: N rows, K candidates, L length, V vocabulary, M selected positions (flat indices into N * L).
 """
 
 import torch
@@ -12,7 +12,10 @@ from .backbone import Backbone, Head, initialize, log_probs
 from .configuration_edlm import EDLMConfig
 from .energy import EnergyNetwork, causal_log_prob
 from .generation_edlm import EDLMGenerationConfig, EDLMGenerationMixin
+from .sampler import draw, uniforms
 from .schedule import conditioning
+
+CHUNK = 2**25  # entries of the (positions, vocabulary) table that exist at a time
 
 
 class EDLMPreTrainedModel(PreTrainedModel):
@@ -95,6 +98,39 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin):
     def log_mu(self, hidden_NLD, cond_NC, positions_M=None) -> torch.Tensor:
         """(M, V) float32 log mu_i(. | xt) at flat positions, taken to be masked; (N, L, V) without positions."""
         return log_probs(self.head(hidden_NLD, cond_NC, positions_M), self.config.mask_token_id)
+
+    @torch.no_grad()
+    def propose(
+        self,
+        xt_NL: torch.Tensor,
+        where_NL: torch.Tensor,
+        num_candidates: int,
+        seed: int,
+        rows_N: torch.Tensor | None = None,
+        step: int = 0,
+        t=None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K independent draws from mu(. | xt) at `where`, all from one pass; only these positions are projected.
+
+        Args:
+            xt_NL: states. where_NL: bool, what to fill; on the CPU, so that the device is not waited for.
+            seed, rows_N, step: with the position and the candidate, the counters of the uniforms.
+        Returns:
+            x (N, K, L), xt with the drawn values in place, and log mu of what was drawn, (N, K) float32.
+        """
+        (N, L), K, device = xt_NL.shape, num_candidates, xt_NL.device
+        rows_N = torch.arange(N) if rows_N is None else rows_N
+        encoded = self.encode(xt_NL, t, attention_mask)
+        x_PK = xt_NL.flatten()[:, None].repeat(1, K)  # P = N * L
+        log_mu_PK = torch.zeros(N * L, K, device=device)
+        for chunk_M in where_NL.flatten().nonzero()[:, 0].split(max(1, CHUNK // self.config.vocab_size)):
+            row_M1, position_M1 = rows_N[chunk_M // L, None].to(device), (chunk_M % L)[:, None].to(device)
+            u_MK = uniforms(seed, row_M1, step, position_M1, torch.arange(K, device=device))
+            chunk_M = chunk_M.to(device)
+            x_PK[chunk_M], log_mu_PK[chunk_M] = draw(self.log_mu(*encoded, chunk_M), u_MK)
+        # summed row by row, not scattered with atomics: the same seed gives the same bits
+        return x_PK.view(N, L, K).transpose(1, 2), log_mu_PK.view(N, L, K).sum(1)
 
     def log_p_x0(self, xt, t=None, attention_mask=None) -> torch.Tensor:
         """SUBS log-probabilities (N, L, V), float32: no mass on the mask token, unmasked tokens carry over.

@@ -5,7 +5,7 @@
 The data are told from what the denoiser, frozen and in eval mode, proposes for the same masked text. The energy starts
 from the denoiser's blocks. Negatives are drawn by the sampler's own code.
 
-Shapes: B batch, L length, M positions to fill (flat), V vocabulary.
+Shapes: B batch, K candidates, L length.
 """
 
 import math
@@ -16,7 +16,6 @@ from transformers import AutoTokenizer
 
 from modeling_edlm import EDLMEnergyModel, EDLMForMaskedLM
 from modeling_edlm.energy import nce_loss
-from modeling_edlm.sampler import draw
 from modeling_edlm.schedule import antithetic_times, q_sample
 
 from .pretrain import Blocks, DataArguments
@@ -46,19 +45,15 @@ def contrast(denoiser, x0_BL: torch.Tensor, t_B: torch.Tensor, s_B: torch.Tensor
     """
     if any(module.training for module in denoiser.modules()):
         raise ValueError("denoiser must be in eval mode: dropout would change the proposal")
-    mask, L = denoiser.config.mask_token_id, x0_BL.shape[1]
+    mask = denoiser.config.mask_token_id
     u_BL = torch.rand(x0_BL.shape, device=x0_BL.device)
     xt_BL = q_sample(x0_BL, t_B, u_BL, mask)
     # the same uniforms: what is clean at t is clean at s < t too
     positive_BL = x0_BL if s_B is None else q_sample(x0_BL, s_B, u_BL, mask)
     filled_BL = (xt_BL == mask) & (positive_BL != mask)
-    positions_M = filled_BL.flatten().nonzero()[:, 0]
-    with torch.no_grad():
-        log_mu_MV = denoiser.log_mu(*denoiser.encode(xt_BL, t_B), positions_M)
-        u_M1 = torch.rand(len(positions_M), 1, dtype=torch.float64, device=x0_BL.device)
-        x_M1, _ = draw(log_mu_MV, u_M1)
-    negative_BL = positive_BL.flatten().index_copy(0, positions_M, x_M1[:, 0]).view(-1, L)
-    return positive_BL, negative_BL, xt_BL
+    seed = int(torch.randint(2**62, ()))
+    x_BKL, _ = denoiser.propose(xt_BL, filled_BL.cpu(), num_candidates=1, seed=seed, t=t_B)
+    return positive_BL, x_BKL[:, 0], xt_BL
 
 
 def draw_times(batch_size: int, target: str, device) -> tuple[torch.Tensor, torch.Tensor | None]:
