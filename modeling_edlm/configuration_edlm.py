@@ -25,6 +25,7 @@ class EDLMConfig(PreTrainedConfig):
         vocab_size: number of token ids, the mask token counts.
         mask_token_id: id of the absorbing state. `None`: the last id.
         bos_token_id: the autoregressive model's first input. `None`: the mask id, which no text contains.
+        eos_token_id, pad_token_id: of the tokenizer, where it has them.
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: the blocks. `intermediate_size`
             `None` is 4 * hidden_size.
         cond_dim: width of the conditioning vector of the adaptive layer norms; 0 leaves them out.
@@ -49,6 +50,8 @@ class EDLMConfig(PreTrainedConfig):
     vocab_size: int = 50258
     mask_token_id: int | None = None
     bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
@@ -69,6 +72,8 @@ class EDLMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         fields = [name for name in type(self).__annotations__ if name not in kwargs]
         for name in kwargs:  # unknown keys of newer library versions pass, misspelt fields do not
+            if name.endswith("_token_id"):
+                continue
             if close := difflib.get_close_matches(name, fields, n=1, cutoff=0.85):
                 raise ValueError(f"EDLMConfig has no argument {name!r}; did you mean {close[0]!r}?")
         if self.mask_token_id is None:
@@ -90,8 +95,8 @@ class EDLMConfig(PreTrainedConfig):
                 f"hidden_size must be an even multiple of num_attention_heads, got {self.hidden_size} and "
                 f"{self.num_attention_heads}"
             )
-        for name in ("mask_token_id", "bos_token_id"):
-            if not 0 <= getattr(self, name) < self.vocab_size:
+        for name in ("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < self.vocab_size:
                 raise ValueError(f"{name} must lie in [0, vocab_size={self.vocab_size}), got {getattr(self, name)}")
         if self.cond_dim < 0:
             raise ValueError(f"cond_dim must not be negative, got {self.cond_dim}")

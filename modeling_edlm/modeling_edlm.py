@@ -338,9 +338,7 @@ class EDLMModel(EDLMPreTrainedModel, EDLMGenerationMixin):
             log_p_NL = self.log_p_x0(xt, t, attention_mask).gather(-1, x[..., None])[..., 0]
             log_mu = torch.where(masked_NL, log_p_NL, 0.0).sum(-1)
         where_NL = masked_NL if self.energy_type == "coar" else torch.ones_like(masked_NL)
-        bos, mask = self.config.for_energy().bos_token_id, self.config.mask_token_id
-        if self.config.energy_is_foreign:
-            bos = self.energy_model.config.bos_token_id
+        bos, mask = self.energy_model.config.bos_token_id, self.config.mask_token_id
         return log_mu - causal_log_prob(self.energy_model, x, where_NL, bos, mask, attention_mask)
 
 
@@ -364,3 +362,5 @@ def _check_vocabulary(ours: EDLMConfig, theirs) -> None:
             f"energy has vocab_size {theirs.vocab_size}, the denoiser has {ours.vocab_size} with mask_token_id "
             f"{ours.mask_token_id}: both must use the same tokenizer"
         )
+    if theirs.bos_token_id is None:
+        raise ValueError(f"energy ({theirs.model_type}) has bos_token_id None: set the id that starts its texts")

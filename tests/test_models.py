@@ -1,0 +1,371 @@
+"""Configuration, networks, round trips through a folder, and loading without the package."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from toy import MASK, make_toy
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from modeling_edlm import EDLMConfig, EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
+from modeling_edlm.energy import nce_loss
+
+SMALL = {"vocab_size": 12, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "cond_dim": 4}
+SMALL["max_position_embeddings"] = 16
+
+
+def randomize(model, std=0.3):
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.0, std)
+    return model.eval()
+
+
+def same_weights(a, b) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---- configuration
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"hidden_sise": 3}, "hidden_sise.*hidden_size"),
+        ({"energy_typ": "ar"}, "energy_typ.*energy_type"),
+        ({"hidden_size": "16"}, "hidden_size"),
+        ({"hidden_size": 18, "num_attention_heads": 4}, "hidden_size .*18 and 4"),
+        ({"mask_token_id": 12}, "mask_token_id .*12"),
+        ({"bos_token_id": -1}, "bos_token_id .*-1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers .*0"),
+        ({"energy_type": "gan"}, "energy_type .*'gan'"),
+        ({"energy_target": "xt"}, "energy_target .*'xt'"),
+        ({"energy_pooling": "max"}, "energy_pooling .*'max'"),
+        ({"energy_target": "xs", "energy_type": "ar"}, "energy_target='xs' needs energy_type='nce'"),
+        ({"energy_target": "xs", "energy_pooling": "mean"}, "energy_target='xs' needs energy_pooling"),
+        ({"time_conditioning": True, "cond_dim": 0}, "time_conditioning"),
+        ({"dropout": 1.0}, "dropout .*1"),
+        ({"energy_num_layers": 0}, "energy_num_layers .*0"),
+    ],
+    ids=str,
+)
+def test_config_is_strict(changes, message):
+    with pytest.raises(Exception, match=message) as error:
+        EDLMConfig(**SMALL | changes)
+    assert isinstance(error.value, ValueError | TypeError) or "ValidationError" in type(error.value).__name__
+
+
+def test_config_round_trip(tmp_path):
+    config = EDLMConfig(**SMALL, energy_type="nce", energy_config={"hidden_size": 8}, energy_num_layers=1)
+    config.save_pretrained(tmp_path)
+    loaded = EDLMConfig.from_pretrained(tmp_path)
+    fields = list(EDLMConfig.__annotations__)
+    assert [getattr(loaded, name) for name in fields] == [getattr(config, name) for name in fields]
+    assert (config.mask_token_id, config.bos_token_id, config.intermediate_size) == (11, 11, 64)
+    assert config.for_energy().hidden_size == 8 and config.for_energy().vocab_size == 12
+    json.loads((tmp_path / "config.json").read_text())
+
+
+def test_defaults_build_denoiser_and_energy():
+    model = EDLMModel(EDLMConfig(**SMALL, energy_type="nce", energy_num_layers=1))
+    assert len(model.energy_model.network.backbone.blocks) == 1 and len(model.denoiser.backbone.blocks) == 2
+
+
+# ---- networks
+
+
+def test_adaptive_norms_and_heads_start_at_zero():
+    """Zero at the leaf: a fresh block is the identity, a fresh denoiser uniform, a fresh energy zero."""
+    model = EDLMModel(EDLMConfig(**SMALL, energy_type="nce")).eval()
+    xt = torch.randint(0, 12, (2, 16))
+    hidden, _ = model.denoiser.encode(xt)
+    assert torch.equal(hidden, model.denoiser.backbone.embedding(xt)) and hidden.std() > 0
+    assert (model.denoiser(xt).logits == 0).all()
+    assert (model.energy(xt.clamp(max=10), xt) == 0).all()
+    for name, parameter in model.named_parameters():
+        is_zero = "modulation" in name or name.endswith(("bias", "network.fc2.weight", "denoiser.head.linear.weight"))
+        assert (parameter == 0).all() == is_zero, name
+
+
+def test_subs():
+    model = randomize(EDLMForMaskedLM(EDLMConfig(**SMALL)))
+    xt = torch.tensor([[1, 11, 3, 11]])
+    p = model.log_p_x0(xt).exp()
+    assert model.log_p_x0(xt).dtype == torch.float32
+    torch.testing.assert_close(p.sum(-1), torch.ones(1, 4))
+    assert (p[..., 11] == 0).all() and p[0, 0, 1] == 1 and p[0, 2, 3] == 1
+
+
+@pytest.mark.parametrize("cls", [EDLMForMaskedLM, EDLMForCausalLM])
+def test_attention_backends_agree(cls):
+    model = randomize(cls(EDLMConfig(**SMALL)))
+    x = torch.randint(0, 11, (3, 9))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9, [0] + [1] * 8])
+    results = []
+    for name in ("sdpa", "eager"):
+        model.set_attn_implementation(name)
+        results.append((model(x).logits, model(x, attention_mask=mask).logits[mask.bool()]))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cls", [EDLMForMaskedLM, EDLMForCausalLM])
+def test_padding_on_the_left_changes_no_output(cls):
+    model = randomize(cls(EDLMConfig(**SMALL)))
+    x = torch.randint(0, 11, (1, 6))
+    padded = torch.cat((torch.full((1, 3), 5), x), dim=1)
+    mask = torch.tensor([[0] * 3 + [1] * 6])
+    torch.testing.assert_close(model(padded, attention_mask=mask).logits[:, 3:], model(x).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_causal_model_sees_no_future_and_its_cache_changes_nothing():
+    model = randomize(EDLMForCausalLM(EDLMConfig(**SMALL)))
+    x = torch.randint(0, 11, (2, 10))
+    changed = x.clone()
+    changed[:, 6:] = (changed[:, 6:] + 1) % 11
+    logits = model(x).logits
+    assert torch.equal(logits[:, :6], model(changed).logits[:, :6])
+    cache = model(x[:, :4], use_cache=True).past_key_values
+    step = model(x[:, 4:5], past_key_values=cache, use_cache=True)
+    torch.testing.assert_close(step.logits[:, 0], logits[:, 4], atol=1e-5, rtol=1e-4)
+    greedy = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(x, use_cache=True, **greedy), model.generate(x, use_cache=False, **greedy))
+
+
+def test_positions_project_the_same_rows():
+    for cls in (EDLMForMaskedLM, EDLMForCausalLM):
+        model = randomize(cls(EDLMConfig(**SMALL)))
+        x, positions = torch.randint(0, 12, (3, 7)), torch.tensor([0, 5, 9, 20])
+        expected = model(x).logits.flatten(0, 1)[positions]
+        torch.testing.assert_close(model(x, positions=positions).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        model = randomize(EDLMForMaskedLM(EDLMConfig(**SMALL, dropout=0.0))).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            assert model.backbone.blocks[0].gradient_checkpointing
+        x = torch.arange(16)[None] % 12
+        model(x, labels=x.clamp(max=10)).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_energy_pooling():
+    """Sum: only positions masked in xt and given in x count. Mean: hidden states over all positions, then the head."""
+    xt, x = torch.tensor([[1, 11, 11, 4]]), torch.tensor([[1, 2, 11, 4]])
+    model = randomize(EDLMEnergyModel(EDLMConfig(**SMALL, energy_type="nce", energy_pooling="sum")))
+    assert model(xt, xt=xt).logits.item() == 0 != model(x, xt=xt).logits.item()
+    model.network.config.energy_pooling = "mean"
+    assert model(xt, xt=xt).logits.item() != 0
+    with pytest.raises(ValueError, match="xt must be given"):
+        model(x)
+
+
+def test_time_must_be_given_to_a_time_conditioned_model():
+    with pytest.raises(ValueError, match="t must be given"):
+        make_toy("none").log_p_x0(torch.tensor([[MASK, 1, 2]]))
+
+
+# ---- putting parts together
+
+
+def test_from_components_keeps_the_parts(tmp_path):
+    denoiser = randomize(EDLMForMaskedLM(EDLMConfig(**SMALL)))
+    lm = randomize(EDLMForCausalLM(EDLMConfig(**SMALL | {"hidden_size": 8, "cond_dim": 0})))
+    nce = EDLMEnergyModel.from_denoiser(denoiser, energy_num_layers=1, energy_pooling="mean")
+    for energy, energy_type in ((None, "none"), (lm, "ar"), (lm, "coar"), (nce, "nce")):
+        model = EDLMModel.from_components(denoiser, energy, energy_type)
+        assert model.denoiser is denoiser and model.energy_model is energy
+        model.save_pretrained(tmp_path / energy_type)
+        loaded = EDLMModel.from_pretrained(tmp_path / energy_type)
+        assert same_weights(loaded, model) and loaded.energy_type == energy_type
+        kwargs = {"num_steps": 3, "num_candidates": 3, "seed": 1, "max_length": 8}
+        assert torch.equal(loaded.generate(**kwargs), model.generate(**kwargs))
+        assert same_weights(EDLMForMaskedLM.from_pretrained(tmp_path / energy_type), denoiser)
+    assert same_weights(EDLMForCausalLM.from_pretrained(tmp_path / "coar"), lm)
+    assert same_weights(EDLMEnergyModel.from_pretrained(tmp_path / "nce"), nce)
+    with pytest.raises(ValueError, match="EDLMForCausalLM needs energy_type .*'nce'"):
+        EDLMForCausalLM.from_pretrained(tmp_path / "nce")
+
+
+def test_a_denoiser_folder_is_an_edlm_without_energy(tmp_path):
+    denoiser = randomize(EDLMForMaskedLM(EDLMConfig(**SMALL)))
+    denoiser.save_pretrained(tmp_path)
+    model = EDLMModel.from_pretrained(tmp_path)
+    assert model.energy_model is None and same_weights(model.denoiser, denoiser)
+    xt = torch.full((2, 5), 11)
+    assert (model.energy(xt.clamp(max=3), xt) == 0).all()
+
+
+def test_an_energy_starts_from_its_denoiser():
+    denoiser = randomize(EDLMForMaskedLM(EDLMConfig(**SMALL)))
+    energy = EDLMEnergyModel.from_denoiser(denoiser)
+    assert torch.equal(energy.network.backbone.blocks[1].fc1.weight, denoiser.backbone.blocks[1].fc1.weight)
+    x = torch.randint(0, 11, (2, 8))
+    embed = energy.network.backbone.embedding
+    joined = energy.network.projection(torch.cat((embed(x), embed(x)), dim=-1))
+    torch.testing.assert_close(joined, denoiser.backbone.embedding(x), atol=1e-6, rtol=1e-5)
+    xt = torch.where(x > 5, 11, x)
+    assert (energy(x, xt=xt).logits == 0).all()  # the proposal is left as it is
+
+
+def test_a_gpt2_energy_without_the_mask_token(tmp_path):
+    """Any causal language model over the same ids: the mask may be the one id that it lacks."""
+    denoiser = randomize(EDLMForMaskedLM(EDLMConfig(**SMALL)))
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(vocab_size=11, n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=10, eos_token_id=10)
+    ).eval()
+    model = EDLMModel.from_components(denoiser, gpt2, "coar").eval()
+    x = torch.randint(0, 10, (2, 6))
+    xt = x.clone()
+    xt[:, ::2] = 11
+    with torch.no_grad():
+        inputs = torch.cat((torch.full((2, 1), 10), x[:, :-1]), dim=1)
+        log_p = gpt2(inputs).logits.log_softmax(-1).gather(-1, x[..., None])[..., 0]
+        log_mu = model.log_p_x0(xt).gather(-1, x[..., None])[..., 0]
+        torch.testing.assert_close(model.energy(x, xt), (log_mu - log_p)[:, ::2].sum(-1))
+    model.save_pretrained(tmp_path)
+    loaded = EDLMModel.from_pretrained(tmp_path)
+    assert same_weights(loaded, model)
+    assert torch.equal(loaded.generate(seed=0, num_steps=3), model.generate(seed=0, num_steps=3))
+
+
+@pytest.mark.parametrize(
+    "changes, energy_type, message",
+    [
+        ({"vocab_size": 20}, "ar", "vocab_size 20, the denoiser has 12"),
+        ({"mask_token_id": 3}, "ar", "mask_token_id 11"),
+        ({}, "nce", "energy_type='nce' does not go with .*EDLMForCausalLM"),
+        ({}, "none", "energy_type='none' does not go with"),
+    ],
+    ids=str,
+)
+def test_parts_that_do_not_fit(changes, energy_type, message):
+    denoiser, lm = EDLMForMaskedLM(EDLMConfig(**SMALL)), EDLMForCausalLM(EDLMConfig(**SMALL | changes))
+    with pytest.raises(ValueError, match=message):
+        EDLMModel.from_components(denoiser, lm, energy_type)
+
+
+# ---- folders
+
+
+def test_dtype_round_trip(tmp_path):
+    model = randomize(EDLMModel(EDLMConfig(**SMALL, energy_type="nce"))).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    assert {v.dtype for v in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    assert EDLMModel.from_pretrained(tmp_path).dtype == torch.bfloat16
+    full = EDLMModel.from_pretrained(tmp_path, dtype=torch.float32)
+    assert full.dtype == torch.float32 and torch.equal(
+        full.denoiser.backbone.embedding.weight, model.denoiser.backbone.embedding.weight.float()
+    )
+    assert model.generate(seed=0, num_steps=3, num_candidates=2).shape == (1, 16)
+
+
+def test_corrupted_weights_are_an_error(tmp_path):
+    randomize(EDLMModel(EDLMConfig(**SMALL))).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(Exception, match="(?i)incomplete|safetensor|header"):
+        EDLMModel.from_pretrained(tmp_path)
+    path.write_bytes(whole)
+    tensors = load_file(path)
+    tensors["denoiser.head.linear.weight"] = torch.zeros(3, 3)
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(RuntimeError, match="(?i)mismatch"):
+        EDLMModel.from_pretrained(tmp_path)
+
+
+REMOTE = """
+import json, sys, torch
+from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM,
+                          AutoModelForSequenceClassification)
+folder, out = sys.argv[1:]
+kwargs = {"trust_remote_code": True}
+model = AutoModel.from_pretrained(folder, **kwargs)
+energy = AutoModelForSequenceClassification.from_pretrained(folder, **kwargs)
+lm = AutoModelForCausalLM.from_pretrained(folder, subfolder="ar", **kwargs)
+x = torch.tensor([[1, 2, 3, 4]])
+xt = torch.tensor([[1, 11, 11, 4]])
+result = {
+    "classes": [type(m).__name__ for m in (model, AutoModelForMaskedLM.from_pretrained(folder, **kwargs), energy, lm)],
+    "config": type(AutoConfig.from_pretrained(folder, **kwargs)).__name__,
+    "generation_config": [type(model.generation_config).__name__, model.generation_config.num_steps],
+    "tokens": model.generate(torch.tensor([[1, 2]]), max_length=8, num_candidates=3, seed=0).tolist(),
+    "energy": energy(x, xt=xt).logits.item(),
+    "log_p": lm(x).logits.log_softmax(-1).sum().item(),
+    "packages": [name for name in sys.modules if name.startswith("modeling_edlm")],
+}
+model.save_pretrained(out)
+json.dump(result, open(out + "/result.json", "w"))
+"""
+
+
+def test_folder_works_without_the_package(tmp_path):
+    """All Auto classes, from one flat folder, in a process that cannot import modeling_edlm; and saved again."""
+    model = randomize(EDLMModel(EDLMConfig(**SMALL, energy_type="nce")))
+    model.generation_config.num_steps = 5
+    lm = randomize(EDLMForCausalLM(EDLMConfig(**SMALL)))
+    model.save_pretrained(tmp_path / "repo")
+    lm.save_pretrained(tmp_path / "repo" / "ar")
+    for copy in (tmp_path / "repo" / "ar").glob("*.py"):
+        copy.unlink()
+    result = run_remote(tmp_path / "repo", tmp_path / "again")
+    x, xt = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 11, 11, 4]])
+    assert result["classes"] == ["EDLMModel", "EDLMForMaskedLM", "EDLMEnergyModel", "EDLMForCausalLM"]
+    assert result["config"] == "EDLMConfig" and result["generation_config"] == ["EDLMGenerationConfig", 5]
+    assert result["packages"] == []
+    tokens = model.generate(torch.tensor([[1, 2]]), max_length=8, num_candidates=3, seed=0)
+    assert result["tokens"] == tokens.tolist()
+    assert result["energy"] == pytest.approx(model.energy(x, xt).item(), rel=1e-5)
+    assert result["log_p"] == pytest.approx(lm(x).logits.log_softmax(-1).sum().item(), rel=1e-5)
+    (tmp_path / "repo" / "ar").rename(tmp_path / "again" / "ar")
+    assert run_remote(tmp_path / "again", tmp_path / "third")["tokens"] == tokens.tolist()
+
+
+def run_remote(folder: Path, out: Path) -> dict:
+    out.mkdir()
+    script = out / "remote.py"
+    script.write_text(REMOTE)
+    env = os.environ | {"HF_HOME": str(out / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
+    env.pop("PYTHONPATH", None)
+    subprocess.run([sys.executable, script, folder, out], env=env, cwd=out, check=True, stdin=subprocess.DEVNULL)
+    return json.loads((out / "result.json").read_text())
+
+
+def test_remote_files_import_only_torch_transformers_and_the_standard_library():
+    import ast
+
+    import modeling_edlm
+
+    allowed = sys.stdlib_module_names | {"torch", "transformers", "huggingface_hub"}
+    for file in Path(modeling_edlm.__file__).parent.glob("*.py"):
+        if file.name in ("__init__.py", "convert_checkpoint.py"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                assert {alias.name.split(".")[0] for alias in node.names} <= allowed, file.name
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                assert node.module.split(".")[0] in allowed, file.name
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 1 and node.module and "." not in node.module, file.name
+
+
+# ---- NCE
+
+
+def test_nce_loss_is_the_formula():
+    data, proposal = torch.tensor([0.3, -1.0]), torch.tensor([2.0, -0.4])
+    expected = (-(torch.sigmoid(-data)).log() - torch.sigmoid(proposal).log()).mean()
+    torch.testing.assert_close(nce_loss(data, proposal), expected)
