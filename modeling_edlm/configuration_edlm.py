@@ -42,7 +42,9 @@ class EDLMConfig(PreTrainedConfig):
             other than "edlm" is the whole configuration of another causal language model.
 
     Raises:
-        ValueError: for sizes that do not fit each other, ids outside the vocabulary, and misspelt arguments.
+        ValueError: for a misspelt argument.
+        huggingface_hub.errors.StrictDataclassError: for values of another type, sizes that do not fit each other and
+            ids outside the vocabulary; the message names them.
     """
 
     model_type = "edlm"

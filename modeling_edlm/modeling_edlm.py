@@ -51,6 +51,7 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin):
     energy_type = "none"
 
     def __init__(self, config: EDLMConfig):
+        _check_architecture(config, "EDLMForMaskedLM", "EDLMModel")
         config = config if config.energy_config is None else config.for_denoiser()
         super().__init__(config)
         self.backbone = Backbone(config)
@@ -153,7 +154,7 @@ class EDLMForCausalLM(EDLMPreTrainedModel, GenerationMixin):
     _keys_to_ignore_on_load_unexpected = [r"^denoiser\."]
 
     def __init__(self, config: EDLMConfig):
-        config = _part_of(config, ("ar", "coar"), type(self).__name__)
+        config = _energy_part(config, ("ar", "coar"), "EDLMForCausalLM")
         super().__init__(config)
         self.backbone = Backbone(config, is_causal=True)
         self.head = Head(config, config.vocab_size)
@@ -204,7 +205,7 @@ class EDLMEnergyModel(EDLMPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^denoiser\."]
 
     def __init__(self, config: EDLMConfig):
-        config = _part_of(config, ("nce",), type(self).__name__)
+        config = _energy_part(config, ("nce",), "EDLMEnergyModel")
         super().__init__(config)
         self.network = EnergyNetwork(config)
         self.post_init()
@@ -251,6 +252,7 @@ class EDLMModel(EDLMPreTrainedModel, EDLMGenerationMixin):
     generation_config_class = EDLMGenerationConfig
 
     def __init__(self, config: EDLMConfig, denoiser=None, energy_model=None):
+        _check_architecture(config, "EDLMModel", "EDLMForMaskedLM")
         if config.energy_type != "none" and config.energy_config is None:
             config.energy_config = {}  # says that the weights of config are those of a whole EDLM
         super().__init__(config)
@@ -342,8 +344,15 @@ class EDLMModel(EDLMPreTrainedModel, EDLMGenerationMixin):
         return log_mu - causal_log_prob(self.energy_model, x, where_NL, bos, mask, attention_mask)
 
 
-def _part_of(config: EDLMConfig, energy_types: tuple[str, ...], name: str) -> EDLMConfig:
+def _check_architecture(config: EDLMConfig, *holds: str) -> None:
+    """A folder's weights fit only the classes that hold them: the names of the layers alone would not tell."""
+    if config.architectures and config.architectures[0] not in holds:
+        raise ValueError(f"the checkpoint holds an {config.architectures[0]}; this class loads {' or '.join(holds)}")
+
+
+def _energy_part(config: EDLMConfig, energy_types: tuple[str, ...], name: str) -> EDLMConfig:
     """The configuration of an energy network, given its own or that of the whole EDLM that holds it."""
+    _check_architecture(config, name, "EDLMModel")
     if config.energy_config is None:
         return config
     if config.energy_type not in energy_types or config.energy_is_foreign:

@@ -260,6 +260,17 @@ def test_parts_that_do_not_fit(changes, energy_type, message):
 # ---- folders
 
 
+def test_a_folder_is_not_taken_for_another_network(tmp_path):
+    """Denoiser and AR model have the same layers: the wrong class would load them without a word."""
+    EDLMForMaskedLM(EDLMConfig(**SMALL)).save_pretrained(tmp_path / "denoiser")
+    EDLMForCausalLM(EDLMConfig(**SMALL)).save_pretrained(tmp_path / "ar")
+    with pytest.raises(ValueError, match="holds an EDLMForMaskedLM; this class loads EDLMForCausalLM"):
+        EDLMForCausalLM.from_pretrained(tmp_path / "denoiser")
+    for cls in (EDLMModel, EDLMForMaskedLM, EDLMEnergyModel):
+        with pytest.raises(ValueError, match="holds an EDLMForCausalLM"):
+            cls.from_pretrained(tmp_path / "ar")
+
+
 def test_dtype_round_trip(tmp_path):
     model = randomize(EDLMModel(EDLMConfig(**SMALL, energy_type="nce"))).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
