@@ -122,14 +122,17 @@ def train(
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, arguments.adam_beta2), fused=True)
-    scheduler = get_scheduler(arguments.lr_schedule, optimizer, arguments.warmup_steps, arguments.max_steps)
+    # used as a function of the step: nothing to save, nothing to restore
+    schedule = get_scheduler(arguments.lr_schedule, optimizer, arguments.warmup_steps, arguments.max_steps).lr_lambdas[
+        0
+    ]
     average = AveragedModel(model, multi_avg_fn=_ema(arguments.ema_decay)) if arguments.ema_decay else None
     averaged = average.module if average else model
     averaged.eval()
 
     step = 0
     if checkpoint_path.exists():
-        step = _load(checkpoint_path, arguments, model, averaged, average, optimizer, scheduler)
+        step = _load(checkpoint_path, arguments, model, averaged, average, optimizer)
         accelerator.print(f"resumed {checkpoint_path} at step {step}")
     wrapped = accelerator.prepare_model(model)
 
@@ -153,10 +156,11 @@ def train(
                     loss, metrics = loss_fn(wrapped, step, micro_step)
                     accelerator.backward(loss / accumulation)
             norm = accelerator.clip_grad_norm_(parameters, arguments.max_grad_norm)
+            lr = arguments.learning_rate * schedule(step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
-            lr = scheduler.get_last_lr()[0]
-            scheduler.step()
             if average:
                 average.update_parameters(model)
             step += 1
@@ -247,7 +251,7 @@ def _save(path: Path, arguments, step: int, model, averaged, optimizer) -> None:
     os.replace(temporary, path)
 
 
-def _load(path: Path, arguments, model, averaged, average, optimizer, scheduler) -> int:
+def _load(path: Path, arguments, model, averaged, average, optimizer) -> int:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
@@ -271,8 +275,6 @@ def _load(path: Path, arguments, model, averaged, average, optimizer, scheduler)
         index, key = name.split(".")
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    scheduler.last_epoch = step - 1  # a schedule is a function of the step
-    scheduler.step()
     return step
 
 

@@ -1,0 +1,294 @@
+"""Training scripts end to end on little text: they resume exactly, refuse bad input, and learn what they should."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from toy import MASK, completions, log_mu, make_toy
+
+from modeling_edlm import EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
+from modeling_edlm.energy import nce_loss
+from training import compose, pretrain, train_energy
+from training.data import character_tokenizer
+from training.train_energy import contrast, draw_times, energies
+
+DATA = str(Path(__file__).parent / "fixtures" / "wiki27-sample.parquet")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    character_tokenizer(model_max_length=32).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """One process runs many trainings here; accelerate keeps its state for the process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def options(out, tokenizer=None, **changes) -> list[str]:
+    values = {
+        "data": DATA,
+        "validation_data": DATA,
+        "output_dir": out,
+        "max_steps": 6,
+        "batch_size": 4,
+        "eval_steps": 3,
+        "log_steps": 1,
+        "eval_blocks": 8,
+        "final_eval_blocks": 8,
+        "warmup_steps": 2,
+        "report_to": "none",
+        "num_threads": 1,
+    }
+    if tokenizer:
+        values |= {"tokenizer": tokenizer, "length": 32, "hidden_size": 16, "num_hidden_layers": 1}
+        values |= {"num_attention_heads": 2, "dropout": 0.1}
+    return [part for k, v in (values | changes).items() for part in (f"--{k}", str(v))]
+
+
+@pytest.fixture(scope="module")
+def trained(tokenizer, tmp_path_factory):
+    """A denoiser, an AR model and an energy of six steps each."""
+    runs = tmp_path_factory.mktemp("runs")
+    pretrain.main(options(runs / "ar", tokenizer, objective="ar"))
+    pretrain.main(options(runs / "denoiser", tokenizer, init_from=runs / "ar" / "model"))
+    train_energy.main(options(runs / "energy", base=runs / "denoiser" / "model"))
+    return runs
+
+
+def weights(run) -> dict:
+    return load_file(Path(run) / "model" / "model.safetensors")
+
+
+def assert_same_bits(a: dict, b: dict):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("objective", ["mdlm", "ar"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_stopped_run_resumes_to_the_same_weights(tokenizer, tmp_path, objective, precision):
+    """Bit for bit: weights, average and optimizer, with dropout, EMA, accumulation and a cosine schedule."""
+    same = {"objective": objective, "mixed_precision": precision, "gradient_accumulation_steps": 2}
+    pretrain.main(options(tmp_path / "whole", tokenizer, **same))
+    stopped = tmp_path / "stopped"
+    pretrain.main(options(stopped, tokenizer, **same, max_minutes=1e-9))  # saves and stops after one step
+    rows = [json.loads(line) for line in (stopped / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1]
+    pretrain.main(options(stopped, tokenizer, **same, resume="true"))
+    assert_same_bits(weights(stopped), weights(tmp_path / "whole"))
+    resumed, whole = (load_file(run / "checkpoint.safetensors") for run in (stopped, tmp_path / "whole"))
+    assert_same_bits(resumed, whole)
+
+
+def test_an_energy_run_resumes_to_the_same_weights(trained, tmp_path):
+    base = trained / "denoiser" / "model"
+    stopped = tmp_path / "stopped"
+    train_energy.main(options(stopped, base=base, max_minutes=1e-9))
+    train_energy.main(options(stopped, base=base, resume="true"))
+    assert_same_bits(weights(stopped), weights(trained / "energy"))
+
+
+def test_a_terminated_process_saves_and_resumes(tokenizer, tmp_path):
+    """SIGTERM in the middle: the checkpoint is written, and the resumed run ends at the uninterrupted weights."""
+    same = {"max_steps": 400, "eval_steps": 400}
+    command = [sys.executable, "-m", "training.pretrain", *options(tmp_path / "killed", tokenizer, **same)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    steps = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert 5 <= steps < 400 and (tmp_path / "killed" / "checkpoint.safetensors").exists()
+    pretrain.main(options(tmp_path / "killed", tokenizer, **same, resume="true"))
+    pretrain.main(options(tmp_path / "whole", tokenizer, **same))
+    assert_same_bits(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+
+
+def test_a_checkpoint_is_never_overwritten_or_misread(tokenizer, tmp_path):
+    out = tmp_path / "run"
+    pretrain.main(options(out, tokenizer, max_minutes=1e-9))
+    with pytest.raises(ValueError, match="output_dir has a checkpoint.*--resume"):
+        pretrain.main(options(out, tokenizer))
+    with pytest.raises(ValueError, match="made with learning_rate=0.001, got 0.5"):
+        pretrain.main(options(out, tokenizer, resume="true", learning_rate=0.5))
+    path = out / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="checkpoint.safetensors is corrupted"):
+        pretrain.main(options(out, tokenizer, resume="true"))
+
+
+def test_a_checkpoint_killed_while_written_leaves_the_old_one(tokenizer, tmp_path, monkeypatch):
+    import training.trainer as trainer
+
+    out = tmp_path / "run"
+    pretrain.main(options(out, tokenizer, max_minutes=1e-9))
+    before = (out / "checkpoint.safetensors").read_bytes()
+
+    def killed(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "save_file", killed)
+        pretrain.main(options(out, tokenizer, resume="true"))
+    assert (out / "checkpoint.safetensors").read_bytes() == before
+    pretrain.main(options(out, tokenizer, resume="true"))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
+        ({"ema_decay": 1.0}, r"ema_decay .* 1\.0"),
+        ({"lr_schedule": "step"}, "lr_schedule .*'step'"),
+        ({"mixed_precision": "fp8"}, "mixed_precision .*'fp8'"),
+        ({"objective": "gan"}, "objective .*'gan'"),
+        ({"length": 10**6}, "do not make one block of length 1000000"),
+        ({"validation_data": ""}, "validation_data must be given"),
+        ({"data": "missing.parquet"}, "missing.parquet"),
+        ({"hidden_size": 15}, "hidden_size"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named(tokenizer, tmp_path, changes, message):
+    with pytest.raises(Exception, match=message):
+        pretrain.main(options(tmp_path / "run", tokenizer, **changes))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tokenizer, tmp_path):
+    with pytest.raises(FloatingPointError, match="lower learning_rate"):
+        pretrain.main(options(tmp_path, tokenizer, learning_rate=1e30, max_grad_norm=1e30, warmup_steps=0))
+
+
+def test_options_from_yaml(tokenizer, tmp_path):
+    config = tmp_path / "run.yaml"
+    values = dict(zip(*[iter(options(tmp_path / "run", tokenizer))] * 2, strict=True))
+    config.write_text("\n".join(f"{k.removeprefix('--')}: {v}" for k, v in values.items()))
+    pretrain.main(["--config", str(config), "--max_steps", "2"])
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
+
+
+def test_several_processes_train(tokenizer, tmp_path):
+    """Two gloo processes with half the batch each see the same data as one process with all of it."""
+    same = {"objective": "ar", "dropout": 0}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "training.pretrain", *options(tmp_path / "two", tokenizer, batch_size=2, **same)]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=Path(__file__).parents[1], env=env, check=True, capture_output=True)
+    pretrain.main(options(tmp_path / "one", tokenizer, **same))
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=1e-3)
+
+
+def test_trained_parts_make_a_repo(trained, tmp_path):
+    out = tmp_path / "repo"
+    compose.main(
+        ["--denoiser", str(trained / "denoiser/model"), "--energy", str(trained / "energy/model"), "--out", str(out)]
+        + ["--energy_type", "nce", "--ar", str(trained / "ar/model"), "--num_steps", "7"]
+    )
+    model = EDLMModel.from_pretrained(out)
+    assert model.generation_config.num_steps == 7 and model.energy_type == "nce"
+    assert_same_bits(EDLMForMaskedLM.from_pretrained(out).state_dict(), weights(trained / "denoiser"))
+    assert_same_bits(EDLMEnergyModel.from_pretrained(out).state_dict(), weights(trained / "energy"))
+    assert_same_bits(EDLMForCausalLM.from_pretrained(out, subfolder="ar").state_dict(), weights(trained / "ar"))
+    assert not list((out / "ar").glob("*.py")) and (out / "modeling_edlm.py").exists()
+    compose.main(
+        ["--denoiser", str(trained / "denoiser/model"), "--energy", str(trained / "ar/model"), "--energy_type", "coar"]
+        + ["--out", str(tmp_path / "coar")]
+    )
+    assert EDLMModel.from_pretrained(tmp_path / "coar").generate(seed=0, num_steps=3).shape == (1, 32)
+
+
+def test_the_losses_are_what_they_are_called(trained):
+    """mdlm: averaged over t and masks it is the exact bound; ar: the negative log-likelihood."""
+    model = make_toy("none")
+    x0, t = torch.tensor([[0, 2, 1]]), 0.6
+    exact = 0.0
+    for masked in [m for m in torch.cartesian_prod(*[torch.arange(2)] * 3).bool() if m.any()]:
+        xt = torch.where(masked, MASK, x0)
+        log_p = model.log_p_x0(xt, t).gather(-1, x0[..., None])[0, :, 0]
+        probability = t ** int(masked.sum()) * (1 - t) ** int((~masked).sum())
+        exact += probability * float(-log_p.detach()[masked].sum()) / t
+    n = 50_000
+    with torch.no_grad():
+        loss_N = pretrain.mdlm_loss(model, x0.expand(n, -1), torch.full((n,), t), torch.rand(n, 3), MASK)
+    assert abs(float(loss_N.mean()) - exact) < 4 * float(loss_N.std()) / math.sqrt(n)
+
+    lm = EDLMForCausalLM.from_pretrained(trained / "ar" / "model")
+    x = torch.tensor([[3, 1, 4]])
+    nll = pretrain.ar_loss(lm, x, lm.config.bos_token_id, lm.config.mask_token_id)
+    logits = lm(torch.tensor([[27, 3, 1]])).logits[..., :27]
+    torch.testing.assert_close(nll, torch.nn.functional.cross_entropy(logits[0], x[0], reduction="none")[None])
+
+
+def test_step_energy_times_are_those_of_a_sampler():
+    torch.manual_seed(0)
+    t, s = draw_times(1000, "xs", torch.device("cpu"))
+    assert (s >= 0).all() and (t <= 1).all() and (t > s).all()
+    steps = 1 / (t - s)
+    torch.testing.assert_close(steps, steps.round(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(t * steps, (t * steps).round(), rtol=1e-3, atol=1e-3)
+    x0 = torch.randint(0, 3, (1000, 8))
+    model = make_toy("nce", "xs", length=8)
+    positive, negative, xt = contrast(model.denoiser, x0, t, s)
+    revealed = (xt == MASK) & (positive != MASK)
+    assert torch.equal(positive[revealed], x0[revealed])
+    assert torch.equal(positive == MASK, negative == MASK)
+    assert torch.equal(positive[~revealed], negative[~revealed])
+    assert float(revealed.sum() / (xt == MASK).sum()) == pytest.approx(float((t - s).sum() / t.sum()), abs=0.03)
+
+
+@pytest.mark.parametrize("target", ["x0", "xs"])
+def test_nce_finds_log_mu_minus_log_q(target):
+    """On a toy language of three tokens the trained energy approaches its optimum, at every completion of a state."""
+    model = make_toy("nce", target, seed=1, dropout=0.0)
+    for parameter in model.denoiser.head.linear.parameters():
+        parameter.data *= 0.1  # a proposal that covers the language, as a trained one does
+    torch.manual_seed(0)
+    language = torch.randn(27).mul(1.5).softmax(0)
+    texts = torch.tensor(completions((MASK,) * 3, (0, 1, 2)))
+    state, t = (MASK, 1, MASK), 0.7
+    s = None if target == "x0" else 0.0  # revealing all: the next state is a full text
+    energy = model.energy_model.train()
+    optimizer = torch.optim.Adam(energy.parameters(), 5e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
+    xt = torch.tensor([state]).expand(512, -1)
+    times = torch.full((512,), t if s is None else s)
+    consistent = (texts[:, 1] == 1).float() * language
+    for _ in range(1000):
+        x0 = texts[torch.multinomial(consistent, 512, replacement=True)]
+        x_BKL, _ = model.denoiser.propose(xt, xt == MASK, 1, int(torch.randint(2**62, ())), t=t)
+        data, proposal = energies(energy, x0, x_BKL[:, 0], xt, times, None)
+        loss = nce_loss(data, proposal)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    candidates = torch.tensor(completions(state, (0, 2)))
+    q = torch.stack([consistent[(texts == x).all(-1)].sum() for x in candidates])
+    optimum = log_mu(model, state, t, (0, 2)) - (q / q.sum()).log().double()
+    with torch.no_grad():
+        learned = model.eval().energy(candidates, torch.tensor([state]).expand(9, -1), float(times[0])).double()
+    mu = log_mu(model, state, t, (0, 2)).exp()
+    assert float(optimum.std()) > 0.5  # there is something to learn
+    assert float((mu * (learned - optimum).abs()).sum()) < 0.1
+    corrected = (mu.log() - learned).softmax(0)
+    assert float((corrected - q / q.sum()).abs().sum()) / 2 < 0.03 < float((mu - q / q.sum()).abs().sum()) / 2
