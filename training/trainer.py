@@ -130,15 +130,16 @@ def train(
     averaged = average.module if average else model
     averaged.eval()
 
-    step = 0
+    step, seconds_before = 0, 0.0
     if checkpoint_path.exists():
-        step = _load(checkpoint_path, arguments, model, averaged, average, optimizer)
+        step, seconds_before = _load(checkpoint_path, arguments, model, averaged, average, optimizer)
         accelerator.print(f"resumed {checkpoint_path} at step {step}")
     wrapped = accelerator.prepare_model(model)
 
     def checkpoint():
         if accelerator.is_main_process:
-            _save(checkpoint_path, arguments, step, model, averaged, optimizer)
+            seconds = seconds_before + time.monotonic() - started
+            _save(checkpoint_path, arguments, step, seconds, model, averaged, optimizer)
             with replaced_folder(out_dir / "model") as folder:
                 save(averaged, folder)
         accelerator.wait_for_everyone()
@@ -176,7 +177,7 @@ def train(
             if step % arguments.eval_steps == 0 or is_end:
                 with torch.no_grad():
                     row = evaluate(averaged.eval(), is_end)
-                _log(accelerator, out_dir, step, {"seconds": time.monotonic() - started} | row)
+                _log(accelerator, out_dir, step, {"seconds": seconds_before + time.monotonic() - started} | row)
                 accelerator.print(f"\nstep {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in row.items()))
             minutes = (time.monotonic() - last_checkpoint) / 60
             out_of_time = arguments.max_minutes and time.monotonic() - started > 60 * arguments.max_minutes
@@ -238,25 +239,26 @@ def _ema(decay: float):
     return update
 
 
-def _save(path: Path, arguments, step: int, model, averaged, optimizer) -> None:
+def _save(path: Path, arguments, step: int, seconds: float, model, averaged, optimizer) -> None:
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     if averaged is not model:
         tensors |= {f"average.{k}": v for k, v in averaged.state_dict().items()}
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    metadata = {"step": str(step), "arguments": json.dumps(asdict(arguments))}
+    metadata = {"step": str(step), "seconds": str(seconds), "arguments": json.dumps(asdict(arguments))}
     temporary = path.with_name(path.name + ".tmp")
     save_file(tensors, temporary, metadata)
     os.replace(temporary, path)
 
 
-def _load(path: Path, arguments, model, averaged, average, optimizer) -> int:
+def _load(path: Path, arguments, model, averaged, average, optimizer) -> tuple[int, float]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        step, saved = int(metadata["step"]), json.loads(metadata["arguments"])
+        step, seconds = int(metadata["step"]), float(metadata["seconds"])
+        saved = json.loads(metadata["arguments"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the checkpoint {path} is corrupted: {error}") from error
     for name, value in asdict(arguments).items():
@@ -275,7 +277,7 @@ def _load(path: Path, arguments, model, averaged, average, optimizer) -> int:
         index, key = name.split(".")
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return step
+    return step, seconds
 
 
 def _log(accelerator, out_dir: Path, step: int, row: dict) -> None:

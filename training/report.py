@@ -1,0 +1,170 @@
+"""Measure a finished folder and say how it was trained: the results JSON that the card is made from, and its plot.
+
+    python -m training.report --model hub_cards/edlm-wiki27 --runs runs --data FOLDER
+
+Reads `runs/denoiser`, `runs/ar` and `runs/energy` as the training scripts leave them. The AR model of the folder's
+`ar/` is the scorer; it is not the energy.
+
+Shapes: B samples, L length.
+"""
+
+import json
+import math
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import matplotlib
+import torch
+from safetensors import safe_open
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+
+from modeling_edlm import EDLMForCausalLM, EDLMModel
+
+from .data import PackedTokens, tokenize
+from .pretrain import PretrainArguments, ar_loss
+from .train_energy import EnergyArguments
+from .trainer import parse_arguments
+
+matplotlib.use("Agg")
+SCRIPTS = {"ar": PretrainArguments, "denoiser": PretrainArguments, "energy": EnergyArguments}
+
+
+@dataclass(kw_only=True)
+class ReportArguments:
+    model: str = field(metadata={"help": "the finished folder, with a scorer in ar/"})
+    runs: str = field(metadata={"help": "folder of the training runs ar, denoiser and energy"})
+    data: str = field(metadata={"help": "the text whose validation split is the reference"})
+    out: str = field(default="", metadata={"help": "default: results/<name of the folder>.json beside the folder"})
+    num_steps: int = 128
+    num_candidates: int = 8
+    num_samples: int = 32
+    num_shown: int = field(default=3, metadata={"help": "samples that the card shows: the first ones"})
+    seed: int = 0
+
+
+def training_facts(run: Path, name: str) -> dict:
+    """Command, length, cost and last evaluation of a run, from its checkpoint and its metrics."""
+    with safe_open(run / "checkpoint.safetensors", "pt") as file:
+        metadata = file.metadata()
+    arguments = json.loads(metadata["arguments"])
+    fields = SCRIPTS[name].__dataclass_fields__
+    machine = {"num_threads", "cache_dir", "report_to", "resume", "checkpoint_minutes", "log_steps"}
+    changed = {k: v for k, v in arguments.items() if k not in machine and v != fields[k].default}
+    changed["data"] = "data/" + Path(changed["data"]).name
+    script = "train_energy" if name == "energy" else "pretrain"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    curve = [row for row in rows if "seconds" in row]
+    tokens = int(metadata["step"]) * next(int(row["tokens"]) for row in rows if "tokens" in row)
+    return {
+        "command": f"python -m training.{script} " + " ".join(f"--{k} {v}" for k, v in changed.items()),
+        "steps": int(metadata["step"]),
+        "tokens": tokens,
+        "minutes": curve[-1]["seconds"] / 60,
+        "num_threads": arguments["num_threads"],
+        "last_evaluation": curve[-1],
+        "curve": curve,
+    }
+
+
+@torch.no_grad()
+def bits_per_character(scorer: EDLMForCausalLM, x_BL: torch.Tensor) -> torch.Tensor:
+    """(B,) bits per token under the AR model, which are bits per character for a character tokenizer."""
+    nll_BL = ar_loss(scorer, x_BL, scorer.config.bos_token_id, scorer.config.mask_token_id)
+    return nll_BL.mean(-1) / math.log(2)
+
+
+def token_entropy(x_BL: torch.Tensor) -> torch.Tensor:
+    """(B,) nats: entropy of each sample's own token frequencies."""
+    counts = torch.nn.functional.one_hot(x_BL).sum(1).double()
+    p = counts / counts.sum(-1, keepdim=True)
+    return -(p * p.clamp(min=1e-300).log()).sum(-1)
+
+
+def summary(values: torch.Tensor) -> dict:
+    return {"mean": float(values.mean()), "stderr": float(values.std()) / math.sqrt(len(values))}
+
+
+def main(argv: list[str] | None = None):
+    arguments = parse_arguments(ReportArguments, __doc__, argv)
+    folder, runs = Path(arguments.model), Path(arguments.runs)
+    out = Path(arguments.out or folder.parent / "results" / f"{folder.name}.json")
+    model, scorer = EDLMModel.from_pretrained(folder), EDLMForCausalLM.from_pretrained(folder, subfolder="ar")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    L = model.config.max_position_embeddings
+
+    blocks = PackedTokens(tokenize(arguments.data, tokenizer, runs / "tokens", "validation"), L)
+    chosen = torch.linspace(0, len(blocks) - 1, arguments.num_samples).long().tolist()
+    data_BL = torch.stack([blocks[i]["input_ids"] for i in chosen])
+    samplers = {"data": {"bits_per_character": summary(bits_per_character(scorer, data_BL))}}
+    samplers["data"]["token_entropy"] = summary(token_entropy(data_BL))
+    for name, k in (("MDLM", 1), ("EDLM", arguments.num_candidates)):
+        progress = tqdm(total=arguments.num_steps, desc=name)
+        started = time.perf_counter()
+        output = model.generate(
+            batch_size=arguments.num_samples,
+            num_steps=arguments.num_steps,
+            num_candidates=k,
+            seed=arguments.seed,
+            return_dict_in_generate=True,
+            callback_on_step_end=lambda *_, bar=progress: bar.update(),
+        )
+        progress.close()
+        samplers[name] = {
+            "num_candidates": k,
+            "nfe": float(output.nfe.double().mean()),
+            "energy_nfe": float(output.energy_nfe.double().mean()),
+            "seconds_per_sample": (time.perf_counter() - started) / arguments.num_samples,
+            "bits_per_character": summary(bits_per_character(scorer, output.sequences)),
+            "token_entropy": summary(token_entropy(output.sequences)),
+            "ess": float(output.ess.nanmean()),
+            "samples": tokenizer.batch_decode(output.sequences[: arguments.num_shown]),
+        }
+    results = {
+        "command": f"python -m training.report {' '.join(sys.argv[1:] if argv is None else argv)}",
+        "num_steps": arguments.num_steps,
+        "num_samples": arguments.num_samples,
+        "energy_window": list(model.generation_config.energy_window),
+        "seed": arguments.seed,
+        "parameters": {"denoiser": model.denoiser.num_parameters(), "energy": model.energy_model.num_parameters()}
+        | {"ar": scorer.num_parameters()},
+        "training": {name: training_facts(runs / name, name) for name in SCRIPTS},
+        "samplers": samplers,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "transformers", "accelerate")},
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".tmp")
+    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, out)
+    plot(results["training"], out.with_suffix(".png"))
+    print(f"results: {out}\nplot: {out.with_suffix('.png')}")
+
+
+def plot(training: dict, path: Path) -> None:
+    """Validation bits per character, and NCE accuracy, against minutes of training."""
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for name, label in (("denoiser", "denoiser (MDLM bound)"), ("ar", "autoregressive")):
+        curve = training[name]["curve"]
+        minutes, bits = zip(*((row["seconds"] / 60, row["validation_bits_per_token"]) for row in curve), strict=True)
+        left.plot(minutes, bits, marker="o", label=label)
+    left.set(xlabel="minutes", ylabel="validation bits per character")
+    left.legend()
+    curve = training["energy"]["curve"]
+    right.plot([row["seconds"] / 60 for row in curve], [row["validation_accuracy"] for row in curve], marker="o")
+    right.axhline(0.5, color="gray", linestyle="--")
+    right.set(xlabel="minutes", ylabel="held-out NCE accuracy (chance 0.5)")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
