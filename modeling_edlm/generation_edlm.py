@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from transformers import GenerationConfig
@@ -45,7 +46,7 @@ class EDLMGenerationConfig(GenerationConfig):
         self.num_return_sequences = kwargs.pop("num_return_sequences", 1)
         self.num_steps = kwargs.pop("num_steps", 128)
         self.num_candidates = kwargs.pop("num_candidates", 8)
-        self.energy_window = tuple(kwargs.pop("energy_window", (1.0, 0.8)))
+        self.energy_window = kwargs.pop("energy_window", (1.0, 0.8))
         self.energy_temperature = kwargs.pop("energy_temperature", 1.0)
         self.energy_batch_size = kwargs.pop("energy_batch_size", None)
         self.output_history = kwargs.pop("output_history", False)
@@ -68,8 +69,9 @@ class EDLMGenerationConfig(GenerationConfig):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
         window = self.energy_window
-        if len(window) != 2 or not all(0 <= bound <= 1 for bound in window) or window[0] < window[1]:
+        if not isinstance(window, list | tuple) or len(window) != 2 or not 1 >= window[0] >= window[1] >= 0:
             raise ValueError(f"energy_window must be (hi, lo) with 1 >= hi >= lo >= 0, got {window}")
+        self.energy_window = tuple(window)  # a list in JSON
         if not 0 < self.energy_temperature < float("inf"):
             raise ValueError(f"energy_temperature must be positive, got {self.energy_temperature}")
 
@@ -124,7 +126,8 @@ class EDLMGenerationMixin:
             attention_mask: (B, L), 0 for padding on the left of shorter prompts.
             generation_config: default `self.generation_config`; keyword arguments change single fields of it.
             seed: fixes the result, whatever the batch. generator: a seed is drawn from it instead.
-            callback_on_step_end: called as `(model, step, t, {"sequences": (B, L)})` after every step.
+            callback_on_step_end: called as `(model, step, t, {"sequences": (B, L)})` after every step; the tensor is
+                the canvas itself, so clone what is to be kept.
         Returns:
             sequences (B * num_return_sequences, L), or an `EDLMGenerationOutput`.
         Raises:
@@ -154,7 +157,7 @@ class EDLMGenerationMixin:
         history = [xt_BL.clone()]
         hi, lo = config.energy_window
 
-        for step, (t, s) in enumerate(zip(times(T).tolist(), times(T)[1:].tolist(), strict=False)):
+        for step, (t, s) in enumerate(pairwise(times(T).tolist())):
             rows_N = (reveal_BL == step).any(-1).nonzero()[:, 0]
             if len(rows_N):  # a row in which nothing is revealed costs nothing
                 now_NL, masked_NL = reveal_BL[rows_N] == step, reveal_BL[rows_N] >= step
@@ -217,8 +220,6 @@ class EDLMGenerationMixin:
             config.max_length = config.max_new_tokens = None
         if unknown := sorted(name for name in changes if name not in config.__dict__ or name.startswith("_")):
             raise ValueError(f"generate() has no argument {unknown}")
-        if "energy_window" in changes:
-            changes["energy_window"] = tuple(changes["energy_window"])
         config.__dict__.update(changes)
         config.validate()
         return config
@@ -232,6 +233,9 @@ class EDLMGenerationMixin:
             input_ids = torch.empty(batch_size, 0, dtype=torch.int64, device=self.device)
         else:
             _check_prompt(input_ids, self.config.vocab_size)
+            if batch_size != 1:
+                raise ValueError(f"batch_size counts free samples; with input_ids leave it at 1, got {batch_size}")
+            input_ids = input_ids.long()
         B, prompt_length = input_ids.shape
         fills_gaps = bool((input_ids == mask).any())
         if config.max_new_tokens is not None:
@@ -248,9 +252,10 @@ class EDLMGenerationMixin:
         new_BL = input_ids.new_full((B, length - prompt_length), mask)
         xt_BL = torch.cat((input_ids, new_BL), dim=1).to(self.device)
         if attention_mask is not None:
-            attention_mask = _check_attention_mask(attention_mask, input_ids).to(self.device)
-            attention_mask = torch.cat((attention_mask, torch.ones_like(new_BL, device=self.device)), dim=1)
-            attention_mask = attention_mask.repeat_interleave(config.num_return_sequences, dim=0)
+            attention_mask = _check_attention_mask(attention_mask, input_ids)
+            attention_mask = torch.cat((attention_mask.to(new_BL.device), torch.ones_like(new_BL)), dim=1)
+            attention_mask = attention_mask.repeat_interleave(config.num_return_sequences, dim=0).to(self.device)
+            attention_mask = None if attention_mask.all() else attention_mask  # nothing is padded: nothing to mask
         return xt_BL.repeat_interleave(config.num_return_sequences, dim=0), attention_mask
 
     def adjust_generation_fn(

@@ -208,6 +208,8 @@ BAD_INPUT = {
     "no rows": (dict(batch_size=0), "batch_size .* 0"),
     "window above 1": (dict(energy_window=(1.2, 0.5)), r"energy_window .*1\.2"),
     "window upside down": (dict(energy_window=(0.5, 0.8)), r"energy_window .*\(0\.5, 0\.8\)"),
+    "a number as window": (dict(energy_window=0.8), "energy_window .*got 0.8"),
+    "batch size of prompts": (dict(input_ids=PROMPT, batch_size=2), "batch_size .*got 2"),
     "window of one": (dict(energy_window=(0.5,)), "energy_window"),
     "cold energy": (dict(energy_temperature=0.0), "energy_temperature .* 0"),
     "seed and generator": (dict(seed=1, generator=torch.Generator()), "seed or generator"),

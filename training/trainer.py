@@ -7,6 +7,7 @@ a temporary name and renamed.
 
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -170,7 +171,7 @@ def train(
             is_end = step == arguments.max_steps
             if step % arguments.log_steps == 0 or is_end:
                 row = {k: float(v) for k, v in ({"loss": loss.detach()} | metrics).items()}
-                if not all(map(torch.isfinite, map(torch.tensor, row.values()))):
+                if not all(map(math.isfinite, row.values())):
                     raise FloatingPointError(f"loss is not finite at step {step}: {row}; lower learning_rate")
                 _log(accelerator, out_dir, step, row | {"lr": lr, "grad_norm": float(norm)})
                 progress.set_postfix({k: f"{v:.4g}" for k, v in row.items()} | _speed(progress, metrics))
