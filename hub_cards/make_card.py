@@ -15,13 +15,9 @@ from huggingface_hub import ModelCard, ModelCardData
 TEMPLATE = Path(__file__).parent / "card_template.md"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path)
-    options = parser.parse_args()
-    results = json.loads(options.results.read_text(encoding="utf-8"))
-    name = options.results.stem
-    folder = options.results.parent.parent / name
+def render(results_file: Path) -> str:
+    """The card as it stands in `<name>/README.md` for `results/<name>.json`."""
+    results = json.loads(results_file.read_text(encoding="utf-8"))
     data = ModelCardData(
         language="en",
         license="apache-2.0",
@@ -32,15 +28,22 @@ def main() -> None:
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        name=name,
-        results_file=f"hub_cards/results/{options.results.name}",
-        code_files=sorted(path.name for path in (Path(__file__).parent.parent / "modeling_edlm").glob("*.py")),
+        name=results_file.stem,
+        results_file=f"hub_cards/results/{results_file.name}",
         **results,
     )
-    temporary = folder / "README.md.tmp"
-    temporary.write_text(str(card).rstrip() + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "README.md")
-    print(f"wrote {folder / 'README.md'}")
+    return str(card).rstrip() + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path)
+    results_file = parser.parse_args().results
+    card = results_file.parent.parent / results_file.stem / "README.md"
+    temporary = card.with_name("README.md.tmp")
+    temporary.write_text(render(results_file), encoding="utf-8")
+    os.replace(temporary, card)
+    print(f"wrote {card}")
 
 
 if __name__ == "__main__":

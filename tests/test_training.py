@@ -17,7 +17,7 @@ from toy import MASK, completions, log_mu, make_toy
 
 from modeling_edlm import EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
 from modeling_edlm.energy import nce_loss
-from training import compose, pretrain, train_energy
+from training import compose, pretrain, report, train_energy
 from training.data import character_tokenizer
 from training.train_energy import contrast, draw_times, energies
 
@@ -215,6 +215,29 @@ def test_trained_parts_make_a_repo(trained, tmp_path):
         + ["--out", str(tmp_path / "coar")]
     )
     assert EDLMModel.from_pretrained(tmp_path / "coar").generate(seed=0, num_steps=3).shape == (1, 32)
+
+
+def test_report_and_card(trained, tmp_path):
+    """From three runs to a folder, its results file, its plot and its card."""
+    folder = tmp_path / "edlm-tiny"
+    parts = {"denoiser": "denoiser", "energy": "energy", "ar": "ar"}
+    compose.main(
+        [part for k, v in parts.items() for part in (f"--{k}", str(trained / v / "model"))] + ["--out", str(folder)]
+    )
+    report.main(
+        f"--model {folder} --runs {trained} --data {DATA} --num_steps 4 --num_candidates 2 --num_samples 4".split()
+    )
+    results = json.loads((tmp_path / "results" / "edlm-tiny.json").read_text())
+    assert (tmp_path / "results" / "edlm-tiny.png").stat().st_size > 1000
+    assert results["samplers"]["MDLM"]["energy_nfe"] == 0 < results["samplers"]["EDLM"]["energy_nfe"]
+    assert results["training"]["denoiser"]["tokens"] == 6 * 4 * 32
+    assert "--init_from" in results["training"]["denoiser"]["command"]
+    script = Path(__file__).parents[1] / "hub_cards" / "make_card.py"
+    subprocess.run([sys.executable, script, tmp_path / "results" / "edlm-tiny.json"], check=True)
+    card = (folder / "README.md").read_text()
+    bits = results["training"]["ar"]["last_evaluation"]["validation_bits_per_token"]
+    assert f"**{bits:.3f}**" in card and results["samplers"]["EDLM"]["samples"][2] in card
+    assert card.startswith("---\nlanguage: en") and "{{" not in card and "{%" not in card
 
 
 def test_the_losses_are_what_they_are_called(trained):
