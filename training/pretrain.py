@@ -20,12 +20,12 @@ from modeling_edlm.backbone import log_probs
 from modeling_edlm.schedule import antithetic_times, q_sample
 
 from .data import PackedTokens, step_batch_indices, tokenize
-from .trainer import LoopArguments, make_accelerator, parse_arguments, step_seed, train
+from .trainer import LoopArguments, fingerprint, make_accelerator, parse_arguments, step_seed, train
 
 
 @dataclass(kw_only=True)
 class DataArguments:
-    data: str = field(default="", metadata={"help": "a parquet or text file, a folder of them, or a Hub data set"})
+    data: str = field(metadata={"help": "a parquet or text file, a folder of them, or a Hub data set"})
     validation_data: str = field(default="", metadata={"help": "the same for evaluation; default: data's own split"})
     text_column: str = "text"
     cache_dir: str = field(default="", metadata={"help": "where token ids are kept; default: output_dir/tokens"})
@@ -36,7 +36,7 @@ class DataArguments:
 @dataclass(kw_only=True)
 class PretrainArguments(LoopArguments, DataArguments):
     objective: str = field(default="mdlm", metadata={"help": "mdlm: a denoiser; ar: an autoregressive model"})
-    tokenizer: str = field(default="", metadata={"help": "folder or repo of the tokenizer; it needs a mask token"})
+    tokenizer: str = field(metadata={"help": "folder or repo of the tokenizer; it needs a mask token"})
     length: int = field(default=256, metadata={"help": "tokens of a block"})
     hidden_size: int = 256
     num_hidden_layers: int = 6
@@ -89,6 +89,7 @@ class Blocks:
         with accelerator.main_process_first():  # the others read what the first has written
             tokens = tokenize(arguments.data, tokenizer, cache_dir, "train", arguments.text_column)
             validation_tokens = tokenize(validation, tokenizer, cache_dir, split, arguments.text_column)
+        self.fingerprint = fingerprint(tokens)
         self.train, self.validation = PackedTokens(tokens, length), PackedTokens(validation_tokens, length)
         self.arguments, self.accelerator = arguments, accelerator
 
@@ -205,7 +206,7 @@ def main(argv: list[str] | None = None):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    train(arguments, model, loss_fn, evaluate, save, accelerator)
+    train(arguments, model, loss_fn, evaluate, save, accelerator, {"text": blocks.fingerprint})
 
 
 if __name__ == "__main__":

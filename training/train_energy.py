@@ -19,7 +19,7 @@ from modeling_edlm.energy import nce_loss
 from modeling_edlm.schedule import antithetic_times, q_sample
 
 from .pretrain import Blocks, DataArguments
-from .trainer import LoopArguments, make_accelerator, parse_arguments, step_seed, train
+from .trainer import LoopArguments, fingerprint, make_accelerator, parse_arguments, step_seed, train
 
 NUM_BUCKETS = 5  # of t, in the evaluation
 
@@ -74,11 +74,18 @@ def energies(model, positive_BL, negative_BL, xt_BL, t_B, s_B) -> tuple[torch.Te
     return both.chunk(2)
 
 
+def accuracy(data_B: torch.Tensor, proposal_B: torch.Tensor) -> torch.Tensor:
+    """(B,) share of the pair that the sign of the energy gets right; an energy of exactly zero is half right."""
+    return 0.5 + (proposal_B.sign() - data_B.sign()) / 4
+
+
 def main(argv: list[str] | None = None):
     arguments = parse_arguments(EnergyArguments, __doc__, argv)
     accelerator = make_accelerator(arguments)
     tokenizer = AutoTokenizer.from_pretrained(arguments.base)
-    denoiser = EDLMForMaskedLM.from_pretrained(arguments.base).to(accelerator.device).eval().requires_grad_(False)
+    # float32 whatever the folder holds: an average of bfloat16 weights would stand still
+    denoiser = EDLMForMaskedLM.from_pretrained(arguments.base, dtype=torch.float32).to(accelerator.device)
+    denoiser.eval().requires_grad_(False)
     if len(tokenizer) != denoiser.config.vocab_size:
         raise ValueError(f"base has vocab_size {denoiser.config.vocab_size}, its tokenizer has {len(tokenizer)} tokens")
     torch.manual_seed(arguments.seed)
@@ -97,7 +104,7 @@ def main(argv: list[str] | None = None):
         times = draw_times(len(x0_BL), arguments.energy_target, x0_BL.device)
         with accelerator.autocast():
             data_B, proposal_B = energies(model, *contrast(denoiser, x0_BL, *times), *times)
-        correct = ((data_B < 0).float().mean() + (proposal_B > 0).float().mean()) / 2
+        correct = accuracy(data_B, proposal_B).mean()
         tokens = x0_BL.numel() * arguments.gradient_accumulation_steps * accelerator.num_processes
         return nce_loss(data_B, proposal_B), {"accuracy": correct, "tokens": tokens}
 
@@ -115,7 +122,7 @@ def main(argv: list[str] | None = None):
                     total.append(part.float().cpu())
         t_N, data_N, proposal_N = map(torch.cat, (all_times, data, proposal))
         row = {"validation_nce_loss": float(nce_loss(data_N, proposal_N)), "chance": 2 * math.log(2)}
-        correct_N = ((data_N < 0).float() + (proposal_N > 0).float()) / 2
+        correct_N = accuracy(data_N, proposal_N)
         row |= {"validation_accuracy": float(correct_N.mean()), "validation_blocks": len(t_N)}
         row |= {"energy_of_data": float(data_N.mean()), "energy_of_proposals": float(proposal_N.mean())}
         bucket_N = (t_N * NUM_BUCKETS).ceil().clamp(min=1) - 1
@@ -128,7 +135,8 @@ def main(argv: list[str] | None = None):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    train(arguments, model, loss_fn, evaluate, save, accelerator)
+    identity = {"text": blocks.fingerprint, "base": fingerprint(list(denoiser.state_dict().values()))}
+    train(arguments, model, loss_fn, evaluate, save, accelerator, identity)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,15 @@ averages, optimizer moments and the step number, and nothing unpickled. It is on
 a temporary name and renamed.
 """
 
+import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
 import random
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -65,10 +66,11 @@ class LoopArguments:
             raise ValueError(f"mixed_precision must be no or bf16, got {self.mixed_precision!r}")
 
 
-# What may differ between the first start and a resumption without changing the weights.
+# What may differ between the first start and a resumption without changing the weights. Paths may: the files they
+# lead to are held to their contents, by `identity`.
 FREE_ARGUMENTS = set(
     "output_dir log_steps eval_steps checkpoint_minutes max_minutes num_threads resume report_to data validation_data "
-    "cache_dir base gradient_checkpointing eval_blocks final_eval_blocks".split()
+    "cache_dir base init_from tokenizer gradient_checkpointing eval_blocks final_eval_blocks".split()
 )
 
 
@@ -76,16 +78,16 @@ def parse_arguments(argument_class, description: str, argv: list[str] | None = N
     """A dataclass from the command line; `--config file.yaml` gives defaults that later options override."""
     parser = HfArgumentParser(argument_class, description=description, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file of options; what stands on the command line wins")
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if "--config" in argv:
-        place = argv.index("--config")
-        with open(argv[place + 1], encoding="utf-8") as file:
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    before.add_argument("--config")
+    known, argv = before.parse_known_args(argv)
+    if known.config:
+        with open(known.config, encoding="utf-8") as file:
             options = yaml.safe_load(file) or {}
         if not isinstance(options, dict):
-            raise ValueError(f"{argv[place + 1]}: expected a mapping of option names to values")
-        argv = [part for k, v in options.items() for part in (f"--{k}", str(v))] + argv[:place] + argv[place + 2 :]
-    (arguments,) = parser.parse_args_into_dataclasses(argv)[:1]
-    return arguments
+            raise ValueError(f"config {known.config}: expected a mapping of option names to values")
+        argv = [part for k, v in options.items() for part in (f"--{k}", str(v))] + argv
+    return parser.parse_args_into_dataclasses(argv)[0]
 
 
 def train(
@@ -95,6 +97,7 @@ def train(
     evaluate: Callable[[torch.nn.Module, bool], dict],
     save: Callable[[torch.nn.Module, Path], None],
     accelerator: Accelerator,
+    identity: dict[str, str] | None = None,
 ) -> torch.nn.Module:
     """Run the loop; returns the averaged model (the model itself without EMA).
 
@@ -102,10 +105,12 @@ def train(
         loss_fn: `(model, step, micro_step) -> (loss, metrics)`; the global random generators are seeded before it.
         evaluate: `(averaged model, is_last) -> metrics`, run in eval mode without gradients.
         save: writes the averaged model into a folder; the folder takes its final name when whole.
+        identity: fingerprints of what the run depends on besides its arguments; a resumed run must have the same.
     Raises:
         ValueError: output_dir holds a checkpoint and `resume` is off, or one that is corrupted or of another run.
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: loss or gradient are not finite; no checkpoint holds such weights.
     """
+    identity = (identity or {}) | {"number of processes": str(accelerator.num_processes)}
     out_dir = Path(arguments.output_dir)
     checkpoint_path = out_dir / "checkpoint.safetensors"
     if checkpoint_path.exists() and not arguments.resume:
@@ -123,24 +128,24 @@ def train(
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, arguments.adam_beta2), fused=True)
-    # used as a function of the step: nothing to save, nothing to restore
-    schedule = get_scheduler(arguments.lr_schedule, optimizer, arguments.warmup_steps, arguments.max_steps).lr_lambdas[
-        0
-    ]
+    scheduler = get_scheduler(arguments.lr_schedule, optimizer, arguments.warmup_steps, arguments.max_steps)
+    schedule = scheduler.lr_lambdas[0]  # used as a function of the step: nothing to save, nothing to restore
     average = AveragedModel(model, multi_avg_fn=_ema(arguments.ema_decay)) if arguments.ema_decay else None
     averaged = average.module if average else model
     averaged.eval()
 
     step, seconds_before = 0, 0.0
     if checkpoint_path.exists():
-        step, seconds_before = _load(checkpoint_path, arguments, model, averaged, average, optimizer)
+        step, seconds_before = _load(checkpoint_path, arguments, identity, model, averaged, average, optimizer)
         accelerator.print(f"resumed {checkpoint_path} at step {step}")
+    if accelerator.is_main_process:
+        _drop_metrics_after(out_dir / "metrics.jsonl", step)
     wrapped = accelerator.prepare_model(model)
 
     def checkpoint():
         if accelerator.is_main_process:
             seconds = seconds_before + time.monotonic() - started
-            _save(checkpoint_path, arguments, step, seconds, model, averaged, optimizer)
+            _save(checkpoint_path, arguments, identity, step, seconds, model, averaged, optimizer)
             with replaced_folder(out_dir / "model") as folder:
                 save(averaged, folder)
         accelerator.wait_for_everyone()
@@ -170,10 +175,8 @@ def train(
 
             is_end = step == arguments.max_steps
             if step % arguments.log_steps == 0 or is_end:
-                row = {k: float(v) for k, v in ({"loss": loss.detach()} | metrics).items()}
-                if not all(map(math.isfinite, row.values())):
-                    raise FloatingPointError(f"loss is not finite at step {step}: {row}; lower learning_rate")
-                _log(accelerator, out_dir, step, row | {"lr": lr, "grad_norm": float(norm)})
+                row = _finite({"loss": loss, "grad_norm": norm} | metrics, step)
+                _log(accelerator, out_dir, step, row | {"lr": lr})
                 progress.set_postfix({k: f"{v:.4g}" for k, v in row.items()} | _speed(progress, metrics))
             if step % arguments.eval_steps == 0 or is_end:
                 with torch.no_grad():
@@ -190,6 +193,7 @@ def train(
             )
             due, stop = _first_process(accelerator, decision)
             if due or stop:
+                _finite({"loss": loss, "grad_norm": norm}, step)  # a checkpoint with NaN would replace a good one
                 checkpoint()
                 last_checkpoint = time.monotonic()
             if stop and not is_end:
@@ -219,6 +223,8 @@ def step_seed(seed: int, *counters: int) -> int:
 def replaced_folder(folder: Path):
     """Write a folder under a temporary name; it replaces the old one when whole."""
     temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():  # killed between the two renames below
+        old.rename(folder)
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -240,7 +246,29 @@ def _ema(decay: float):
     return update
 
 
-def _save(path: Path, arguments, step: int, seconds: float, model, averaged, optimizer) -> None:
+def fingerprint(arrays) -> str:
+    """SHA-256 of the contents of a numpy array, or of tensors."""
+    digest = hashlib.sha256()
+    for array in arrays if isinstance(arrays, list) else [arrays]:
+        digest.update(array.detach().cpu().view(torch.uint8).numpy() if isinstance(array, torch.Tensor) else array)
+    return digest.hexdigest()
+
+
+def _finite(row: dict, step: int) -> dict[str, float]:
+    row = {k: float(v.detach() if isinstance(v, torch.Tensor) else v) for k, v in row.items()}
+    if not all(map(math.isfinite, row.values())):
+        raise FloatingPointError(f"loss or gradient are not finite at step {step}: {row}; lower learning_rate")
+    return row
+
+
+def _drop_metrics_after(path: Path, step: int) -> None:
+    """What was logged after the checkpoint, or by another run in this folder, is logged anew."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if 0 < json.loads(line)["step"] <= step), encoding="utf-8")
+
+
+def _save(path: Path, arguments, identity: dict, step: int, seconds: float, model, averaged, optimizer) -> None:
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     if averaged is not model:
         tensors |= {f"average.{k}": v for k, v in averaged.state_dict().items()}
@@ -248,23 +276,29 @@ def _save(path: Path, arguments, step: int, seconds: float, model, averaged, opt
         tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     metadata = {"step": str(step), "seconds": str(seconds), "arguments": json.dumps(asdict(arguments))}
+    metadata |= {"identity": json.dumps(identity)}
     temporary = path.with_name(path.name + ".tmp")
     save_file(tensors, temporary, metadata)
     os.replace(temporary, path)
 
 
-def _load(path: Path, arguments, model, averaged, average, optimizer) -> tuple[int, float]:
+def _load(path: Path, arguments, identity: dict, model, averaged, average, optimizer) -> tuple[int, float]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
         step, seconds = int(metadata["step"]), float(metadata["seconds"])
-        saved = json.loads(metadata["arguments"])
+        saved, saved_identity = json.loads(metadata["arguments"]), json.loads(metadata["identity"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the checkpoint {path} is corrupted: {error}") from error
     for name, value in asdict(arguments).items():
         if name not in FREE_ARGUMENTS and name in saved and saved[name] != value:
             raise ValueError(f"the checkpoint {path} was made with {name}={saved[name]!r}, got {value!r}")
+    for name, value in identity.items():
+        if saved_identity.get(name) != value:
+            raise ValueError(
+                f"the checkpoint {path} was made with another {name}: {saved_identity.get(name)} != {value}"
+            )
 
     def part(prefix):
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
