@@ -5,6 +5,7 @@ or without adaptive layer norm. Shapes: N rows, L length, D hidden size, C condi
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -12,6 +13,13 @@ from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+CHUNK = 2**25  # entries of a (positions, vocabulary) table that exist at a time
+
+
+def position_chunks(positions_M: torch.Tensor, vocab_size: int) -> Iterator[torch.Tensor]:
+    """Flat positions in pieces whose logits fit into CHUNK; none for no positions."""
+    return iter(positions_M.split(max(1, CHUNK // vocab_size)) if len(positions_M) else ())
 
 
 class Rotary(nn.Module):
@@ -74,13 +82,12 @@ class AdaLayerNorm(nn.Module):
         return x_NLD * (1 + scale) + shift, gate[0] if gate else 1.0
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, is_causal=None, **kwargs):
+def eager_attention(module, query, key, value, attention_mask, scaling, **kwargs):
     """The specification of the attention backends: (N, H, L, D) to (N, L, H, D)."""
     scores = (query @ key.transpose(-1, -2)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2), weights
 
 
@@ -196,12 +203,14 @@ class Head(nn.Module):
         self, x_NLD: torch.Tensor, cond_NC: torch.Tensor | None = None, positions_M: torch.Tensor | None = None
     ) -> torch.Tensor:
         if positions_M is not None:  # every selected position becomes a row of length 1
-            L = x_NLD.shape[1]
+            M, L = len(positions_M), x_NLD.shape[1]
+            # few different shapes: on a CPU the kernels of half-precision products are cached for each one
+            positions_M = nn.functional.pad(positions_M, (0, -M % 64 if M > 64 else 0))
             x_NLD = x_NLD.flatten(0, 1)[positions_M][:, None]
             cond_NC = cond_NC[positions_M // L] if cond_NC is not None else None
         x_NLD, _ = self.norm(x_NLD, cond_NC)
         y = self.linear(x_NLD)
-        return y if positions_M is None else y[:, 0]
+        return y if positions_M is None else y[:M, 0]
 
 
 def log_probs(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:

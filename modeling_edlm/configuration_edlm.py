@@ -1,5 +1,6 @@
 """EDLMConfig: what a model is. How it is sampled is said by the generation configuration."""
 
+import dataclasses
 import difflib
 
 from huggingface_hub.dataclasses import strict
@@ -72,11 +73,10 @@ class EDLMConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        fields = [name for name in type(self).__annotations__ if name not in kwargs]
-        for name in kwargs:  # unknown keys of newer library versions pass, misspelt fields do not
-            if name.endswith("_token_id"):
-                continue
-            if close := difflib.get_close_matches(name, fields, n=1, cutoff=0.85):
+        fields, known = list(type(self).__annotations__), {field.name for field in dataclasses.fields(PreTrainedConfig)}
+        known |= {f"{name}_token_id" for name in ("sep", "cls", "unk", "decoder_start")} | {"num_labels"}
+        for name in kwargs.keys() - known:  # unknown keys of newer library versions pass, misspelt fields do not
+            if close := difflib.get_close_matches(name, fields, n=1, cutoff=0.7):
                 raise ValueError(f"EDLMConfig has no argument {name!r}; did you mean {close[0]!r}?")
         if self.mask_token_id is None:
             self.mask_token_id = self.vocab_size - 1
@@ -117,6 +117,8 @@ class EDLMConfig(PreTrainedConfig):
             raise ValueError(f"energy_target='xs' needs energy_type='nce', got energy_type={self.energy_type!r}")
         if self.energy_target == "xs" and self.energy_pooling != "sum":
             raise ValueError(f"energy_target='xs' needs energy_pooling='sum', got {self.energy_pooling!r}")
+        if self.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings must be False: the head has weights of its own")
         if self.energy_num_layers is not None and self.energy_num_layers < 1:
             raise ValueError(f"energy_num_layers must be at least 1, got {self.energy_num_layers}")
 
@@ -127,7 +129,8 @@ class EDLMConfig(PreTrainedConfig):
 
     def for_denoiser(self) -> "EDLMConfig":
         """The configuration of the denoiser alone."""
-        return self._changed({"energy_type": "none", "energy_config": None})
+        own = ("energy_type", "energy_target", "energy_pooling", "energy_num_layers", "energy_config")
+        return self._changed({name: getattr(type(self), name) for name in own})
 
     def for_energy(self) -> "EDLMConfig":
         """The configuration of the energy network: this one, changed by `energy_config`."""
@@ -135,8 +138,12 @@ class EDLMConfig(PreTrainedConfig):
         changes.pop("model_type", None)
         return self._changed(changes)
 
+    def fields(self) -> dict:
+        """The arguments that are EDLM's own."""
+        return {name: getattr(self, name) for name in type(self).__annotations__}
+
     def _changed(self, changes: dict) -> "EDLMConfig":
-        config = type(self)(**{name: getattr(self, name) for name in type(self).__annotations__} | changes)
+        config = type(self)(**self.fields() | changes)
         config._attn_implementation = self._attn_implementation
         config.dtype = self.dtype
         return config

@@ -8,7 +8,7 @@ Shapes: N rows, L length, D hidden size, V vocabulary, M selected positions (fla
 import torch
 from torch import nn
 
-from .backbone import Backbone, Head, ZeroLinear, log_probs
+from .backbone import Backbone, Head, ZeroLinear, log_probs, position_chunks
 
 
 def causal_log_prob(
@@ -34,16 +34,22 @@ def causal_log_prob(
         is_pad = nn.functional.pad(attention_mask[:, :-1], (1, 0)) == 0
         inputs_NL = torch.where(is_pad, bos, inputs_NL)
         where_NL = where_NL & attention_mask.bool()
-    positions_M = where_NL.flatten().nonzero()[:, 0]
-    if causal_lm.config.model_type == "edlm":  # projects the rows that count and no others
-        logits_MV = causal_lm(inputs_NL, attention_mask=attention_mask, positions=positions_M).logits
-    else:
-        logits_MV = causal_lm(inputs_NL, attention_mask=attention_mask, use_cache=False).logits.flatten(0, 1)
-        logits_MV = logits_MV[positions_M]
-    targets_M1 = x0_NL.flatten()[positions_M, None]
-    log_p_M1 = log_probs(logits_MV, mask_token_id).gather(-1, targets_M1)
-    log_p_NL = log_p_M1.new_zeros(x0_NL.shape).masked_scatter(where_NL, log_p_M1)
-    return log_p_NL.sum(-1)
+    if causal_lm.config.model_type == "edlm":  # projects the positions that count and no others, some at a time
+        encoded = causal_lm.encode(inputs_NL, attention_mask)
+        log_p_P, targets_P1 = torch.zeros(x0_NL.numel(), device=x0_NL.device), x0_NL.flatten()[:, None]
+        for now_M in position_chunks(where_NL.flatten().nonzero()[:, 0], causal_lm.config.vocab_size):
+            log_p_MV = log_probs(causal_lm.head(*encoded, now_M), mask_token_id)
+            log_p_P[now_M] = log_p_MV.gather(-1, targets_P1[now_M])[:, 0]
+        return log_p_P.view(x0_NL.shape).sum(-1)
+    # a model of another library class gives the logits of whole rows, so some rows at a time
+    rows = position_chunks(torch.arange(len(x0_NL), device=x0_NL.device), x0_NL.shape[1] * causal_lm.config.vocab_size)
+    sums = []
+    for now_R in rows:
+        mask = None if attention_mask is None else attention_mask[now_R]
+        log_p_RLV = log_probs(causal_lm(inputs_NL[now_R], attention_mask=mask, use_cache=False).logits, mask_token_id)
+        log_p_RL = log_p_RLV.gather(-1, x0_NL[now_R, :, None])[..., 0]
+        sums.append(torch.where(where_NL[now_R], log_p_RL, 0.0).sum(-1))
+    return torch.cat(sums)
 
 
 class EnergyNetwork(nn.Module):

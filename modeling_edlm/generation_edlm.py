@@ -68,6 +68,8 @@ class EDLMGenerationConfig(GenerationConfig):
         for name in ("max_new_tokens", "max_length", "energy_batch_size"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
+        if self.max_length is not None and self.max_new_tokens is not None:
+            raise ValueError(f"give max_length or max_new_tokens, not both: {self.max_length}, {self.max_new_tokens}")
         window = self.energy_window
         if not isinstance(window, list | tuple) or len(window) != 2 or not 1 >= window[0] >= window[1] >= 0:
             raise ValueError(f"energy_window must be (hi, lo) with 1 >= hi >= lo >= 0, got {window}")
@@ -114,6 +116,7 @@ class EDLMGenerationMixin:
         generation_config: EDLMGenerationConfig | None = None,
         *,
         batch_size: int = 1,
+        first_row: int = 0,
         seed: int | None = None,
         generator: torch.Generator | None = None,
         callback_on_step_end: Callable | None = None,
@@ -125,7 +128,8 @@ class EDLMGenerationMixin:
             input_ids: (B, L) prompts; tokens that are given never change. None: `batch_size` free samples.
             attention_mask: (B, L), 0 for padding on the left of shorter prompts.
             generation_config: default `self.generation_config`; keyword arguments change single fields of it.
-            seed: fixes the result, whatever the batch. generator: a seed is drawn from it instead.
+            first_row: number of the first row, where this batch is one part of a larger one.
+            seed: fixes each row by its number, whatever the batch. generator: a seed is drawn from it instead.
             callback_on_step_end: called as `(model, step, t, {"sequences": (B, L)})` after every step; the tensor is
                 the canvas itself, so clone what is to be kept.
         Returns:
@@ -136,19 +140,21 @@ class EDLMGenerationMixin:
         """
         config = self._prepare_config(generation_config, kwargs)
         _check_count("batch_size", batch_size)
+        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+            raise ValueError(f"seed must be an integer, got {seed!r}")
         if seed is not None and generator is not None:
             raise ValueError(f"give seed or generator, not both: got seed={seed} and {generator}")
         if seed is None:
             seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator and generator.device))
         xt_BL, attention_mask = self._canvas(input_ids, attention_mask, config, batch_size)
         with _in_eval_mode(self):
-            output = self._denoise(xt_BL, attention_mask, config, seed, callback_on_step_end)
+            output = self._denoise(xt_BL, attention_mask, config, seed, first_row, callback_on_step_end)
         return output if config.return_dict_in_generate else output.sequences
 
-    def _denoise(self, xt_BL, attention_mask, config, seed, callback) -> EDLMGenerationOutput:
+    def _denoise(self, xt_BL, attention_mask, config, seed, first_row, callback) -> EDLMGenerationOutput:
         """The sampling loop. What is revealed when is drawn first, on the CPU: it depends on no token value."""
         (B, L), T, K, device = xt_BL.shape, config.num_steps, config.num_candidates, xt_BL.device
-        u_BL = uniforms(seed, torch.arange(B)[:, None], REVEAL, torch.arange(L), 0)
+        u_BL = uniforms(seed, torch.arange(first_row, first_row + B)[:, None], REVEAL, torch.arange(L), 0)
         free_BL = (xt_BL == self.config.mask_token_id) & (True if attention_mask is None else attention_mask.bool())
         reveal_BL = torch.where(free_BL.cpu(), reveal_steps(u_BL, T), -1)  # -1: given, never touched
         nfe_B, energy_nfe_B = torch.zeros(2, B, dtype=torch.int64)
@@ -161,7 +167,8 @@ class EDLMGenerationMixin:
             rows_N = (reveal_BL == step).any(-1).nonzero()[:, 0]
             if len(rows_N):  # a row in which nothing is revealed costs nothing
                 now_NL, masked_NL = reveal_BL[rows_N] == step, reveal_BL[rows_N] >= step
-                state = State(xt_BL[rows_N.to(device)], attention_mask, rows_N, step, t, s, seed, health)
+                mask_NL = None if attention_mask is None else attention_mask[rows_N.to(device)]
+                state = State(xt_BL[rows_N.to(device)], mask_NL, rows_N + first_row, step, t, s, seed, health)
                 if K > 1 and self.energy_type != "none" and lo - 1e-9 <= t <= hi + 1e-9:
                     x_NL, energy_N, ess_N = self._resample(state, now_NL, masked_NL, config)
                     energies_BT[rows_N, step], ess_BT[rows_N, step] = energy_N, ess_N
@@ -211,14 +218,10 @@ class EDLMGenerationMixin:
         config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
         if not isinstance(config, EDLMGenerationConfig):
             raise ValueError(f"generation_config must be an EDLMGenerationConfig, got {type(config).__name__}")
-        if changes.get("max_length") is not None and changes.get("max_new_tokens") is not None:
-            raise ValueError(
-                f"give max_length or max_new_tokens, not both: got {changes['max_length']} and "
-                f"{changes['max_new_tokens']}"
-            )
         if changes.get("max_length") or changes.get("max_new_tokens"):  # the caller's wish beats either default
             config.max_length = config.max_new_tokens = None
-        if unknown := sorted(name for name in changes if name not in config.__dict__ or name.startswith("_")):
+        allowed = config.__dict__.keys() - {"transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"}
+        if unknown := sorted(name for name in changes if name not in allowed or name.startswith("_")):
             raise ValueError(f"generate() has no argument {unknown}")
         config.__dict__.update(changes)
         config.validate()
@@ -236,8 +239,11 @@ class EDLMGenerationMixin:
             if batch_size != 1:
                 raise ValueError(f"batch_size counts free samples; with input_ids leave it at 1, got {batch_size}")
             input_ids = input_ids.long()
+            if attention_mask is not None:
+                attention_mask = _check_attention_mask(attention_mask, input_ids)
         B, prompt_length = input_ids.shape
-        fills_gaps = bool((input_ids == mask).any())
+        gaps_BL = input_ids == mask
+        fills_gaps = bool((gaps_BL if attention_mask is None else gaps_BL & attention_mask.bool()).any())
         if config.max_new_tokens is not None:
             length = prompt_length + config.max_new_tokens
         else:
@@ -252,7 +258,6 @@ class EDLMGenerationMixin:
         new_BL = input_ids.new_full((B, length - prompt_length), mask)
         xt_BL = torch.cat((input_ids, new_BL), dim=1).to(self.device)
         if attention_mask is not None:
-            attention_mask = _check_attention_mask(attention_mask, input_ids)
             attention_mask = torch.cat((attention_mask.to(new_BL.device), torch.ones_like(new_BL)), dim=1)
             attention_mask = attention_mask.repeat_interleave(config.num_return_sequences, dim=0).to(self.device)
             attention_mask = None if attention_mask.all() else attention_mask  # nothing is padded: nothing to mask
@@ -290,13 +295,15 @@ class EDLMGenerationMixin:
                 subfolder=subfolder,
                 **kwargs,
             )
-        except OSError:  # the checkpoint has no such file
+        except OSError as error:  # the checkpoint has no such file
+            if "JSON" in str(error):  # it has one, but damaged: the defaults would be a silent change of the sampler
+                raise
             self.generation_config = self.generation_config_class()
 
 
 @dataclass
 class State:
-    """The rows stepped now: xt (N, L), their numbers in the batch (N,), step, times t > s, seed."""
+    """The rows stepped now: xt and attention mask (N, L), their numbers (N,), step, times t > s, seed."""
 
     xt_NL: torch.Tensor
     attention_mask: torch.Tensor | None
@@ -306,10 +313,6 @@ class State:
     s: float
     seed: int
     health: "Health"
-
-    def __post_init__(self):
-        if self.attention_mask is not None:
-            self.attention_mask = self.attention_mask[self.rows_N.to(self.xt_NL.device)]
 
 
 class Health:

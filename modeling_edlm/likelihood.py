@@ -27,15 +27,20 @@ def log_partition(
     Returns:
         log Z (N,) float64 and its standard error (N,) by the delta method.
     Raises:
-        ValueError: `num_samples` < 2, or the energy is one of the next state, whose Z depends on what is revealed.
+        ValueError: `num_samples` < 2, the model in training mode (dropout), or an energy of the next state, whose Z
+            depends on what is revealed.
     """
     if model.config.energy_target != "x0":
         raise ValueError(f"log_partition needs energy_target='x0', got {model.config.energy_target!r}")
+    if model.training:
+        raise ValueError("log_partition needs model.eval(), got a model in training mode")
     if num_samples < 2:
         raise ValueError(f"num_samples must be at least 2, got {num_samples}")
     masked_NL = (xt_NL == model.config.mask_token_id).cpu()
     x_NKL, log_mu_NK = model.denoiser.propose(xt_NL, masked_NL, num_samples, seed, t=t)
-    log_w_NK = -candidate_energies(model.energy, x_NKL, xt_NL, t, log_mu_NK, batch_size=energy_batch_size).double()
+    log_w_NK = (
+        -candidate_energies(model.energy, x_NKL, xt_NL, t, log_mu_NK, batch_size=energy_batch_size).cpu().double()
+    )
     log_z_N = log_w_NK.logsumexp(-1) - math.log(num_samples)
     relative_NK = (log_w_NK - log_z_N[:, None]).exp()
     return log_z_N, relative_NK.std(-1) / math.sqrt(num_samples)

@@ -8,14 +8,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutput
 
-from .backbone import Backbone, Head, initialize, log_probs
+from .backbone import Backbone, Head, initialize, log_probs, position_chunks
 from .configuration_edlm import EDLMConfig
 from .energy import EnergyNetwork, causal_log_prob
 from .generation_edlm import EDLMGenerationConfig, EDLMGenerationMixin
 from .sampler import draw, uniforms
 from .schedule import conditioning
-
-CHUNK = 2**25  # entries of the (positions, vocabulary) table that exist at a time
 
 
 class EDLMPreTrainedModel(PreTrainedModel):
@@ -31,6 +29,15 @@ class EDLMPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         initialize(module, self.config.initializer_range)
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As in the library, but a folder that lacks weights is an error and not a random network."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if missing := sorted(info["missing_keys"]):
+            names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            raise ValueError(f"{args[0] if args else 'the checkpoint'} lacks {len(missing)} weights: {names}")
+        return (model, info) if output_loading_info else model
 
     def noise(self, t, like: torch.Tensor) -> torch.Tensor | None:
         """What the network is told of the time: None without time conditioning, else (N,)."""
@@ -52,7 +59,8 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin):
 
     def __init__(self, config: EDLMConfig):
         _check_architecture(config, "EDLMForMaskedLM", "EDLMModel")
-        config = config if config.energy_config is None else config.for_denoiser()
+        if config.energy_type != "none" or config.energy_config is not None:
+            config = config.for_denoiser()
         super().__init__(config)
         self.backbone = Backbone(config)
         self.head = Head(config, config.vocab_size)
@@ -125,7 +133,7 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin):
         encoded = self.encode(xt_NL, t, attention_mask)
         x_PK = xt_NL.flatten()[:, None].repeat(1, K)  # P = N * L
         log_mu_PK = torch.zeros(N * L, K, device=device)
-        for chunk_M in where_NL.flatten().nonzero()[:, 0].split(max(1, CHUNK // self.config.vocab_size)):
+        for chunk_M in position_chunks(where_NL.flatten().nonzero()[:, 0], self.config.vocab_size):
             row_M1, position_M1 = rows_N[chunk_M // L, None].to(device), (chunk_M % L)[:, None].to(device)
             u_MK = uniforms(seed, row_M1, step, position_M1, torch.arange(K, device=device))
             chunk_M = chunk_M.to(device)
@@ -187,7 +195,7 @@ class EDLMForCausalLM(EDLMPreTrainedModel, GenerationMixin):
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        hidden, cond = self.backbone(input_ids, None, attention_mask, position_ids, past_key_values)
+        hidden, cond = self.encode(input_ids, attention_mask, position_ids, past_key_values)
         if logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
         logits = self.head(hidden, cond, positions)
@@ -196,6 +204,15 @@ class EDLMForCausalLM(EDLMPreTrainedModel, GenerationMixin):
             log_p = log_probs(logits[:, :-1], self.config.mask_token_id)
             loss = nn.functional.nll_loss(log_p.flatten(0, 1), labels[:, 1:].flatten())
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def encode(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None):
+        """The last hidden states (N, L, D) and the conditioning, from which `head` projects what is needed."""
+        return self.backbone(input_ids, None, attention_mask, position_ids, past_key_values)
+
+    def generate(self, *args, **kwargs):
+        """The library's autoregressive generation; no text holds the mask token, and the BOS starts it."""
+        kwargs["suppress_tokens"] = [self.config.mask_token_id, *(kwargs.get("suppress_tokens") or [])]
+        return super().generate(*args, **{"bos_token_id": self.config.bos_token_id} | kwargs)
 
 
 class EDLMEnergyModel(EDLMPreTrainedModel):
@@ -219,11 +236,13 @@ class EDLMEnergyModel(EDLMPreTrainedModel):
     @classmethod
     def from_denoiser(cls, denoiser: EDLMForMaskedLM, **changes) -> "EDLMEnergyModel":
         """A fresh energy whose blocks start as copies of the denoiser's; `changes` go to its configuration."""
-        fields = {name: getattr(denoiser.config, name) for name in EDLMConfig.__annotations__}
+        fields = denoiser.config.fields()
         model = cls(EDLMConfig(**fields | {"energy_type": "nce", "energy_config": None} | changes))
         own = model.network.state_dict()
-        start = {k: v for k, v in denoiser.state_dict().items() if k in own and v.shape == own[k].shape}
-        start = {k: v for k, v in start.items() if k.startswith("backbone.") or k.startswith("head.norm.")}
+        theirs = denoiser.state_dict()
+        start = {k: theirs.get(k) for k in own if k.startswith(("backbone.", "head.norm."))}
+        if unfit := [k for k, v in start.items() if v is None or v.shape != own[k].shape]:
+            raise ValueError(f"{changes} do not fit the denoiser, which has no such {unfit[0]}")
         model.network.load_state_dict(start, strict=False)
         with torch.no_grad():  # the mean of both embeddings: a token that was never masked looks as it did
             half = torch.eye(model.config.hidden_size) / 2
@@ -280,7 +299,7 @@ class EDLMModel(EDLMPreTrainedModel, EDLMGenerationMixin):
         Raises:
             ValueError: the parts do not fit: another vocabulary, mask or kind of network.
         """
-        fields = {name: getattr(denoiser.config, name) for name in EDLMConfig.__annotations__}
+        fields = denoiser.config.fields()
         if energy is None:
             return cls(EDLMConfig(**fields | {"energy_type": "none", "energy_config": None}), denoiser=denoiser)
         is_nce = isinstance(energy, EDLMEnergyModel)
@@ -290,7 +309,7 @@ class EDLMModel(EDLMPreTrainedModel, EDLMGenerationMixin):
         if energy.config.model_type != EDLMConfig.model_type:
             changes, own = {"energy_config": energy.config.to_dict()}, {}
         else:
-            own = {name: getattr(energy.config, name) for name in EDLMConfig.__annotations__}
+            own = energy.config.fields()
             changes = {
                 "energy_config": {
                     name: value
@@ -336,6 +355,8 @@ class EDLMModel(EDLMPreTrainedModel, EDLMGenerationMixin):
         if self.energy_type == "nce":
             return self.energy_model(x, xt=xt, t=t, attention_mask=attention_mask).logits[:, 0]
         masked_NL = xt == self.config.mask_token_id
+        if attention_mask is not None:
+            masked_NL &= attention_mask.bool()
         if log_mu is None:
             log_p_NL = self.log_p_x0(xt, t, attention_mask).gather(-1, x[..., None])[..., 0]
             log_mu = torch.where(masked_NL, log_p_NL, 0.0).sum(-1)

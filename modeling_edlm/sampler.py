@@ -29,7 +29,7 @@ def draw(log_p_MV: torch.Tensor, u_MK: torch.Tensor) -> tuple[torch.Tensor, torc
         log_p_MV: log-probabilities, normalised or not, -inf for what must not be drawn.
         u_MK: uniforms; their dtype is that of the cumulative sum.
     Returns:
-        x_MK int64 and their entries of log_p_MV, (M, K). A row with NaN gives NaN there.
+        x_MK int64 and their entries of log_p_MV, (M, K). A row of NaN (log_softmax spreads a single one) gives NaN.
     """
     cdf_MV = (log_p_MV - log_p_MV.amax(-1, keepdim=True)).to(u_MK.dtype).exp().cumsum(-1)
     # right=True: a token without mass has the CDF of its predecessor and is never found

@@ -7,7 +7,7 @@ import pytest
 import torch
 from toy import MASK, chain_law, completions, exact_energy, law_p_k, log_mu, make_toy, p_value, total_variation
 
-from modeling_edlm import EDLMForMaskedLM, EDLMGenerationConfig
+from modeling_edlm import EDLMForMaskedLM, EDLMGenerationConfig, EDLMModel
 
 ALPHA = 1e-4
 ROWS = 40_000
@@ -44,10 +44,11 @@ def test_law_for_every_energy_and_k(energy, k):
         assert p_value(sequences, chain_law(model, FREE, num_steps=3, k=1)) < 1e-12
 
 
+@pytest.mark.parametrize("energy", ["coar", "nce", "step"])
 @pytest.mark.parametrize("window", [(1.0, 0.0), (1.0, 0.6), (0.7, 0.3), (0.45, 0.4)], ids=str)
-def test_law_for_every_window(window):
+def test_law_for_every_window(window, energy):
     """Full, early, middle and empty: with T=4 the last one holds no step."""
-    model = make_toy("nce")
+    model = make_toy("nce" if energy == "step" else energy, "xs" if energy == "step" else "x0")
     law = chain_law(model, FREE, num_steps=4, k=3, window=window)
     assert p_value(sample(model, num_steps=4, num_candidates=3, energy_window=window), law) > ALPHA
     others = {(1.0, 0.0), (1.0, 0.6), (0.7, 0.3), (0.45, 0.4)} - {window}
@@ -115,12 +116,27 @@ def test_left_padding_changes_nothing_but_the_place():
         assert p_value(sequences[1::2], chain_law(model, (2, 0, 1, MASK, MASK), 2, 3)) > ALPHA
 
 
+@pytest.mark.parametrize("energy_type", ["coar", "nce"])
+def test_padding_may_be_the_mask_token(energy_type):
+    """As with a tokenizer that has no other special token: padding is neither a gap to fill nor scored."""
+    model = make_toy(energy_type, length=6)
+    mask = torch.tensor([[0, 0, 1], [1, 1, 1]])
+    kwargs = {"attention_mask": mask, "num_steps": 3, "num_candidates": 3, "energy_window": (1.0, 0.0), "seed": 0}
+    outputs = [model.generate(torch.tensor([[pad, pad, 1], [0, 2, 1]]), **kwargs) for pad in (MASK, 0)]
+    assert outputs[0].shape == (2, 6) and torch.equal(outputs[0][:, 2:], outputs[1][:, 2:])
+    xt = torch.tensor([[MASK, MASK, 1, MASK]])
+    x = torch.tensor([[MASK, MASK, 1, 2]])
+    alone = model.energy(x[:, 2:], xt[:, 2:], t=0.5)
+    torch.testing.assert_close(model.energy(x, xt, 0.5, torch.tensor([[0, 0, 1, 1]])), alone, atol=1e-5, rtol=1e-4)
+
+
 def test_a_row_does_not_depend_on_its_batch():
     model = make_toy("nce", length=16)
     kwargs = {"num_steps": 6, "num_candidates": 4, "energy_window": (1.0, 0.0), "seed": 11}
     many = model.generate(batch_size=20, **kwargs)
     few = model.generate(batch_size=7, **kwargs)
     assert torch.equal(many[:7], few)
+    assert torch.equal(model.generate(batch_size=13, first_row=7, **kwargs), many[7:])
     assert torch.equal(model.generate(batch_size=20, energy_batch_size=3, **kwargs), many)
     prompt = torch.tensor([[1, 2], [0, 0]])
     twice = model.generate(prompt, num_return_sequences=3, **kwargs)
@@ -202,7 +218,9 @@ BAD_INPUT = {
     "too many new tokens": (dict(input_ids=PROMPT, max_new_tokens=7), "max_new_tokens=7.*max_position_embeddings=8"),
     "too long": (dict(max_length=9), "max_length=9"),
     "shorter than the prompt": (dict(input_ids=PROMPT, max_length=1), "input_ids has 2 .*max_length=1"),
-    "two lengths": (dict(input_ids=PROMPT, max_length=4, max_new_tokens=2), "not both: got 4 and 2"),
+    "end of text": (dict(eos_token_id=1), "eos_token_id"),
+    "half a seed": (dict(seed=1.5), "seed .*1.5"),
+    "two lengths": (dict(input_ids=PROMPT, max_length=4, max_new_tokens=2), "not both: 4, 2"),
     "no candidates": (dict(num_candidates=0), "num_candidates .* 0"),
     "half a step": (dict(num_steps=2.5), "num_steps .* 2.5"),
     "no rows": (dict(batch_size=0), "batch_size .* 0"),
@@ -261,5 +279,13 @@ def test_generation_config_keeps_its_fields(tmp_path):
     assert loaded.to_dict() == config.to_dict() | {"transformers_version": loaded.transformers_version}
     assert loaded.energy_window == (0.9, 0.1)
     assert EDLMGenerationConfig().energy_window == (1.0, 0.8)
+    make_toy("none").save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"num_steps": 7')
+    with pytest.raises(OSError, match="JSON"):
+        EDLMModel.from_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    assert EDLMModel.from_pretrained(tmp_path).generation_config.num_steps == 128
+    with pytest.raises(ValueError, match="not both"):
+        EDLMGenerationConfig(max_length=3, max_new_tokens=3)
     with pytest.raises(ValueError, match="num_stepz"):
         EDLMGenerationConfig(num_stepz=4)

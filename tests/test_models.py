@@ -51,6 +51,9 @@ def same_weights(a, b) -> bool:
         ({"energy_target": "xs", "energy_pooling": "mean"}, "energy_target='xs' needs energy_pooling"),
         ({"time_conditioning": True, "cond_dim": 0}, "time_conditioning"),
         ({"dropout": 1.0}, "dropout .*1"),
+        ({"num_layers": 3}, "num_layers.*num_hidden_layers"),
+        ({"masked_token_id": 3}, "masked_token_id.*mask_token_id"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"energy_num_layers": 0}, "energy_num_layers .*0"),
     ],
     ids=str,
@@ -124,6 +127,14 @@ def test_padding_on_the_left_changes_no_output(cls):
     torch.testing.assert_close(model(padded, attention_mask=mask).logits[:, 3:], model(x).logits, atol=1e-5, rtol=1e-4)
 
 
+def test_the_autoregressive_model_never_writes_a_mask():
+    """Its mask logit is never trained, so the stock sampler would draw it now and then."""
+    model = randomize(EDLMForCausalLM(EDLMConfig(**SMALL)))
+    model.head.linear.bias.data[11] = 20.0
+    text = model.generate(max_new_tokens=12, do_sample=True, num_return_sequences=20, pad_token_id=0)
+    assert text.shape == (20, 13) and (text[:, 0] == 11).all() and (text[:, 1:] != 11).all()
+
+
 def test_causal_model_sees_no_future_and_its_cache_changes_nothing():
     model = randomize(EDLMForCausalLM(EDLMConfig(**SMALL)))
     x = torch.randint(0, 11, (2, 10))
@@ -169,6 +180,9 @@ def test_energy_pooling():
     assert model(xt, xt=xt).logits.item() != 0
     with pytest.raises(ValueError, match="xt must be given"):
         model(x)
+    denoiser = EDLMForMaskedLM(EDLMConfig(**SMALL))
+    with pytest.raises(ValueError, match="'energy_num_layers': 3.*blocks.2"):
+        EDLMEnergyModel.from_denoiser(denoiser, energy_num_layers=3)
 
 
 def test_time_must_be_given_to_a_time_conditioned_model():
@@ -283,6 +297,16 @@ def test_dtype_round_trip(tmp_path):
     assert model.generate(seed=0, num_steps=3, num_candidates=2).shape == (1, 16)
 
 
+def test_missing_weights_are_an_error(tmp_path):
+    """The library would fill them with noise and report it in a table."""
+    randomize(EDLMModel(EDLMConfig(**SMALL, energy_type="nce"))).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["energy_model.network.fc1.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 1 weights: energy_model.network.fc1.weight"):
+        EDLMModel.from_pretrained(tmp_path)
+
+
 def test_corrupted_weights_are_an_error(tmp_path):
     randomize(EDLMModel(EDLMConfig(**SMALL))).save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
@@ -353,6 +377,20 @@ def run_remote(folder: Path, out: Path) -> dict:
     env.pop("PYTHONPATH", None)
     subprocess.run([sys.executable, script, folder, out], env=env, cwd=out, check=True, stdin=subprocess.DEVNULL)
     return json.loads((out / "result.json").read_text())
+
+
+def test_folder_without_code_works_with_the_package(tmp_path):
+    """The README's example as a user of `pip install .` runs it on a clone, where the code copies are not."""
+    model = randomize(EDLMModel(EDLMConfig(**SMALL)))
+    model.save_pretrained(tmp_path)
+    for copy in tmp_path.glob("*.py"):
+        copy.unlink()
+    code = "import sys, modeling_edlm; from transformers import AutoModel; "
+    code += (
+        "print(AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).generate(seed=0, num_steps=3).tolist())"
+    )
+    run = subprocess.run([sys.executable, "-c", code, tmp_path], check=True, capture_output=True, text=True)
+    assert json.loads(run.stdout) == model.generate(seed=0, num_steps=3).tolist()
 
 
 def test_remote_files_import_only_torch_transformers_and_the_standard_library():
