@@ -10,6 +10,9 @@ MODEL = hub_cards/edlm-wiki27
 PYTHON_VENV = .venv/bin/python
 PIP_INSTALL = $(PYTHON_VENV) -m pip install -q --disable-pip-version-check -c constraints.txt
 
+# TORCH_INDEX is the choice of a CPU build; with an NVIDIA driver the default build is the right one.
+CPU_INDEX = $(if $(TORCH_INDEX),$(if $(shell command -v nvidia-smi),,--extra-index-url $(TORCH_INDEX)))
+
 .PHONY: demo test lint bench model clean
 .DEFAULT_GOAL = test
 
@@ -36,7 +39,8 @@ model: .venv/.stamp-demo
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("$(PYTHON) is Python %d.%d, but 3.11 or newer is needed: make PYTHON=/path/to/python3.11" % v[:2])'
 	@echo "Installing into .venv (torch first; this takes some minutes)"
 	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
-	$(PIP_INSTALL) setuptools torch $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	$(PIP_INSTALL) setuptools torch $(CPU_INDEX)
+	@$(PYTHON_VENV) -c 'import torch; print("torch", torch.__version__, "for CUDA" if torch.version.cuda else "for the CPU")'
 	$(PIP_INSTALL) --no-build-isolation -e .
 	@touch $@
 

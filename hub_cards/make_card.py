@@ -1,4 +1,4 @@
-"""Write a model card from a results file: every number in it is one of that file.
+"""Write a model card from a results file: what is measured in it comes from that file.
 
     python hub_cards/make_card.py hub_cards/results/edlm-wiki27.json
 

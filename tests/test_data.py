@@ -13,13 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from training import data
 from training.data import (
     PackedTokens,
-    StepBatches,
     character_tokenizer,
     read_texts,
     step_batch_indices,
@@ -384,16 +382,3 @@ def test_epochs_and_seeds_differ() -> None:
     first, second = step_batch_indices(50, 50, 0, 0), step_batch_indices(50, 50, 1, 0)
     assert not torch.equal(first, second)
     assert not torch.equal(first, step_batch_indices(50, 50, 0, 1))
-
-
-def test_a_loader_resumes_where_it_stopped(tmp_path: Path, characters: PreTrainedTokenizerFast) -> None:
-    blocks = PackedTokens(tokenize(SAMPLE, characters, tmp_path), 256)
-
-    def load(steps: range) -> list[torch.Tensor]:
-        batches = StepBatches(len(blocks), 8, steps, seed=1, rank=1, world_size=2)
-        assert len(batches) == len(steps)
-        return [batch["input_ids"] for batch in DataLoader(blocks, batch_sampler=batches)]
-
-    whole, resumed = load(range(40)), load(range(25, 40))
-    assert whole[0].shape == (8, 256)
-    assert all(torch.equal(a, b) for a, b in zip(whole[25:], resumed, strict=True))

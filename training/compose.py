@@ -25,6 +25,11 @@ class ComposeArguments:
     num_steps: int = 128
     num_candidates: int = 8
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16"})
+    max_shard_size: str = field(default="5GB", metadata={"help": "of a weights file"})
+
+    def __post_init__(self):
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
 
 
 def main(argv: list[str] | None = None):
@@ -39,7 +44,7 @@ def main(argv: list[str] | None = None):
     model.generation_config.num_candidates = arguments.num_candidates
     model.generation_config.validate()
     out = Path(arguments.out)
-    model.save_pretrained(out, max_shard_size="15MB")
+    model.save_pretrained(out, max_shard_size=arguments.max_shard_size)
     AutoTokenizer.from_pretrained(arguments.denoiser).save_pretrained(out)
     if arguments.ar:
         scorer = EDLMForCausalLM.from_pretrained(arguments.ar).to(getattr(torch, arguments.dtype))

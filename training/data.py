@@ -11,7 +11,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -32,7 +32,9 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 
 def read_texts(source: str, split: str = "train", text_column: str = "text") -> Iterator[str]:
-    """Yields the documents of `source`, one per parquet row or text file, in a fixed order and in flat memory.
+    """Yields the documents of `source`, one per parquet row or text file, in a fixed order.
+
+    Parquet is read row group by row group; a text file is one document, held in memory whole.
 
     `source` is a .parquet or .txt file (`split` then plays no part); a folder, whose `{split}*.parquet` are read in
     sorted order, else its `{split}*.txt`, else, for "train" alone, all its *.txt; or the name of a data set on the
@@ -312,17 +314,3 @@ def step_batch_indices(
 @lru_cache(maxsize=4)  # this epoch's and the next one's, for a training and another set
 def _permutation(num_blocks: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(num_blocks)
-
-
-class StepBatches(Sampler[list[int]]):
-    """`step_batch_indices` for each of `steps`, as the `batch_sampler` of a DataLoader."""
-
-    def __init__(self, num_blocks: int, batch_size: int, steps: range, seed: int, rank: int = 0, world_size: int = 1):
-        self.steps = steps
-        self.indices = partial(step_batch_indices, num_blocks, batch_size, seed=seed, rank=rank, world_size=world_size)
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (self.indices(step=step).tolist() for step in self.steps)

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import platform
-import sys
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -32,6 +31,7 @@ from .train_energy import EnergyArguments
 from .trainer import parse_arguments
 
 matplotlib.use("Agg")
+PUBLIC_DATA = Path("data")  # where the commands of a card look for a data set, wherever it was here
 SCRIPTS = {"ar": PretrainArguments, "denoiser": PretrainArguments, "energy": EnergyArguments}
 
 
@@ -56,7 +56,7 @@ def training_facts(run: Path, name: str) -> dict:
     fields = SCRIPTS[name].__dataclass_fields__
     machine = {"num_threads", "cache_dir", "report_to", "resume", "checkpoint_minutes", "log_steps"}
     changed = {k: v for k, v in arguments.items() if k not in machine and v != fields[k].default}
-    changed["data"] = "data/" + Path(changed["data"]).name
+    changed["data"] = PUBLIC_DATA / Path(changed["data"]).name
     script = "train_energy" if name == "energy" else "pretrain"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     curve = [row for row in rows if "seconds" in row]
@@ -122,26 +122,31 @@ def main(argv: list[str] | None = None):
             "seconds_per_sample": (time.perf_counter() - started) / arguments.num_samples,
             "bits_per_character": summary(bits_per_character(scorer, output.sequences)),
             "token_entropy": summary(token_entropy(output.sequences)),
-            "ess": float(output.ess.nanmean()),
+            "ess": None if k == 1 else float(output.ess.nanmean()),
             "samples": tokenizer.batch_decode(output.sequences[: arguments.num_shown]),
         }
+    shown = {"model": folder, "runs": runs, "data": PUBLIC_DATA / Path(arguments.data).name}
     results = {
-        "command": f"python -m training.report {' '.join(sys.argv[1:] if argv is None else argv)}",
+        "command": "python -m training.report " + " ".join(f"--{k} {v}" for k, v in shown.items()),
         "num_steps": arguments.num_steps,
         "num_samples": arguments.num_samples,
+        "num_shown": arguments.num_shown,
         "energy_window": list(model.generation_config.energy_window),
         "seed": arguments.seed,
+        "config": model.config.fields(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "validation_characters": len(blocks.tokens),
         "parameters": {"denoiser": model.denoiser.num_parameters(), "energy": model.energy_model.num_parameters()}
         | {"ar": scorer.num_parameters()},
         "training": {name: training_facts(runs / name, name) for name in SCRIPTS},
         "samplers": samplers,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()}, {model.device.type}, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "transformers", "accelerate")},
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(temporary, out)
     plot(results["training"], out.with_suffix(".png"))
     print(f"results: {out}\nplot: {out.with_suffix('.png')}")
