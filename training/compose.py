@@ -3,6 +3,7 @@
 python -m training.compose --denoiser runs/denoiser/model --energy runs/energy/model --energy_type nce --out FOLDER
 """
 
+import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,14 +45,20 @@ def main(argv: list[str] | None = None):
     model.generation_config.num_candidates = arguments.num_candidates
     model.generation_config.validate()
     out = Path(arguments.out)
-    model.save_pretrained(out, max_shard_size=arguments.max_shard_size)
-    AutoTokenizer.from_pretrained(arguments.denoiser).save_pretrained(out)
+    temporary = out.with_name(out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary, max_shard_size=arguments.max_shard_size)
+    AutoTokenizer.from_pretrained(arguments.denoiser).save_pretrained(temporary)
     if arguments.ar:
         scorer = EDLMForCausalLM.from_pretrained(arguments.ar).to(getattr(torch, arguments.dtype))
-        shutil.rmtree(out / "ar", ignore_errors=True)
-        scorer.save_pretrained(out / "ar")
-        for copy in (out / "ar").glob("*.py"):  # a subfolder takes its code from the root
+        scorer.save_pretrained(temporary / "ar")
+        for copy in (temporary / "ar").glob("*.py"):  # a subfolder takes its code from the root
             copy.unlink()
+    for file in [file for file in temporary.rglob("*") if file.is_file()]:  # all is written: now it takes its place
+        target = out / file.relative_to(temporary)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, target)
+    shutil.rmtree(temporary)
     print(f"wrote {out}")
 
 
