@@ -224,19 +224,19 @@ def test_report_and_card(trained, tmp_path):
     compose.main(
         [part for k, v in parts.items() for part in (f"--{k}", str(trained / v / "model"))] + ["--out", str(folder)]
     )
-    report.main(
-        f"--model {folder} --runs {trained} --data {DATA} --num_steps 4 --num_candidates 2 --num_samples 4".split()
-    )
+    settings = "--num_steps 2,4 --window_lows 0,0.5 --num_candidates 2 --num_samples 4"
+    report.main(["--model", str(folder), "--runs", str(trained), "--data", DATA, *settings.split()])
     results = json.loads((tmp_path / "results" / "edlm-tiny.json").read_text())
     assert (tmp_path / "results" / "edlm-tiny.png").stat().st_size > 1000
-    assert results["samplers"]["MDLM"]["energy_nfe"] == 0 < results["samplers"]["EDLM"]["energy_nfe"]
+    assert [row["sampler"] for row in results["samplers"]] == ["MDLM", "EDLM"] * 2
+    assert results["samplers"][0]["energy_nfe"] == 0 < results["samplers"][1]["energy_nfe"] <= 4
     assert results["training"]["denoiser"]["tokens"] == 6 * 4 * 32
     assert "--init_from" in results["training"]["denoiser"]["command"]
     script = Path(__file__).parents[1] / "hub_cards" / "make_card.py"
     subprocess.run([sys.executable, script, tmp_path / "results" / "edlm-tiny.json"], check=True)
     card = (folder / "README.md").read_text()
     bits = results["training"]["ar"]["last_evaluation"]["validation_bits_per_token"]
-    assert f"**{bits:.3f}**" in card and results["samplers"]["EDLM"]["samples"][2] in card
+    assert f"**{bits:.3f}**" in card and results["samples"]["EDLM"][2] in card
     assert card.startswith("---\nlanguage: en") and "{{" not in card and "{%" not in card
 
 

@@ -41,11 +41,23 @@ class ReportArguments:
     runs: str = field(metadata={"help": "folder of the training runs ar, denoiser and energy"})
     data: str = field(metadata={"help": "the text whose validation split is the reference"})
     out: str = field(default="", metadata={"help": "default: results/<name of the folder>.json beside the folder"})
-    num_steps: int = 128
+    num_steps: str = field(default="8,16,128", metadata={"help": "settings of T, with commas between"})
+    window_lows: str = field(
+        default="0,0,0.8", metadata={"help": "for each of them, the energy acts at t in [this, 1]"}
+    )
     num_candidates: int = 8
     num_samples: int = 32
-    num_shown: int = field(default=3, metadata={"help": "samples that the card shows: the first ones"})
+    num_shown: int = field(default=3, metadata={"help": "samples that the card shows: the first ones, last setting"})
     seed: int = 0
+
+    def __post_init__(self):
+        if len(self.listed("num_steps", int)) != len(self.listed("window_lows", float)):
+            raise ValueError(
+                f"window_lows needs one value for each of num_steps={self.num_steps}, got {self.window_lows}"
+            )
+
+    def listed(self, name: str, kind: type) -> list:
+        return [kind(part) for part in str(getattr(self, name)).split(",")]
 
 
 def training_facts(run: Path, name: str) -> dict:
@@ -101,37 +113,43 @@ def main(argv: list[str] | None = None):
     blocks = PackedTokens(tokenize(arguments.data, tokenizer, runs / "tokens", "validation"), L)
     chosen = torch.linspace(0, len(blocks) - 1, arguments.num_samples).long().tolist()
     data_BL = torch.stack([blocks[i]["input_ids"] for i in chosen])
-    samplers = {"data": {"bits_per_character": summary(bits_per_character(scorer, data_BL))}}
-    samplers["data"]["token_entropy"] = summary(token_entropy(data_BL))
-    for name, k in (("MDLM", 1), ("EDLM", arguments.num_candidates)):
-        progress = tqdm(total=arguments.num_steps, desc=name)
-        started = time.perf_counter()
-        output = model.generate(
-            batch_size=arguments.num_samples,
-            num_steps=arguments.num_steps,
-            num_candidates=k,
-            seed=arguments.seed,
-            return_dict_in_generate=True,
-            callback_on_step_end=lambda *_, bar=progress: bar.update(),
-        )
-        progress.close()
-        samplers[name] = {
-            "num_candidates": k,
-            "nfe": float(output.nfe.double().mean()),
-            "energy_nfe": float(output.energy_nfe.double().mean()),
-            "seconds_per_sample": (time.perf_counter() - started) / arguments.num_samples,
-            "bits_per_character": summary(bits_per_character(scorer, output.sequences)),
-            "token_entropy": summary(token_entropy(output.sequences)),
-            "ess": None if k == 1 else float(output.ess.nanmean()),
-            "samples": tokenizer.batch_decode(output.sequences[: arguments.num_shown]),
-        }
+    data = {"bits_per_character": summary(bits_per_character(scorer, data_BL))}
+    data |= {"token_entropy": summary(token_entropy(data_BL))}
+    rows, samples = [], {}
+    for num_steps, low in zip(arguments.listed("num_steps", int), arguments.listed("window_lows", float), strict=True):
+        for name, k in (("MDLM", 1), ("EDLM", arguments.num_candidates)):
+            progress = tqdm(total=num_steps, desc=f"{name}, {num_steps} steps", mininterval=1)
+            started = time.perf_counter()
+            output = model.generate(
+                batch_size=arguments.num_samples,
+                num_steps=num_steps,
+                num_candidates=k,
+                energy_window=(1.0, low),
+                seed=arguments.seed,
+                return_dict_in_generate=True,
+                callback_on_step_end=lambda *_, bar=progress: bar.update(),
+            )
+            progress.close()
+            rows.append(
+                {
+                    "sampler": name,
+                    "num_steps": num_steps,
+                    "num_candidates": k,
+                    "window_low": low,
+                    "nfe": float(output.nfe.double().mean()),
+                    "energy_nfe": float(output.energy_nfe.double().mean()),
+                    "seconds_per_sample": (time.perf_counter() - started) / arguments.num_samples,
+                    "bits_per_character": summary(bits_per_character(scorer, output.sequences)),
+                    "token_entropy": summary(token_entropy(output.sequences)),
+                    "ess": None if k == 1 else float(output.ess.nanmean()),
+                }
+            )
+            samples[name] = tokenizer.batch_decode(output.sequences[: arguments.num_shown])  # of the last setting
     shown = {"model": folder, "runs": runs, "data": PUBLIC_DATA / Path(arguments.data).name}
     results = {
         "command": "python -m training.report " + " ".join(f"--{k} {v}" for k, v in shown.items()),
-        "num_steps": arguments.num_steps,
         "num_samples": arguments.num_samples,
         "num_shown": arguments.num_shown,
-        "energy_window": list(model.generation_config.energy_window),
         "seed": arguments.seed,
         "config": model.config.fields(),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -139,7 +157,9 @@ def main(argv: list[str] | None = None):
         "parameters": {"denoiser": model.denoiser.num_parameters(), "energy": model.energy_model.num_parameters()}
         | {"ar": scorer.num_parameters()},
         "training": {name: training_facts(runs / name, name) for name in SCRIPTS},
-        "samplers": samplers,
+        "data": data,
+        "samplers": rows,
+        "samples": samples,
         "machine": f"{platform.machine()}, {model.device.type}, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "transformers", "accelerate")},
