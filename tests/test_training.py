@@ -282,7 +282,7 @@ def test_step_energy_times_are_those_of_a_sampler():
 @pytest.mark.parametrize("target", ["x0", "xs"])
 def test_nce_finds_log_mu_minus_log_q(target):
     """On a toy language of three tokens the trained energy approaches its optimum, at every completion of a state."""
-    model = make_toy("nce", target, seed=1, dropout=0.0)
+    model = make_toy("nce", target, seed=2, dropout=0.0)
     for parameter in model.denoiser.head.linear.parameters():
         parameter.data *= 0.1  # a proposal that covers the language, as a trained one does
     torch.manual_seed(0)
@@ -292,11 +292,11 @@ def test_nce_finds_log_mu_minus_log_q(target):
     s = None if target == "x0" else 0.0  # revealing all: the next state is a full text
     energy = model.energy_model.train()
     optimizer = torch.optim.Adam(energy.parameters(), 5e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1200)
     xt = torch.tensor([state]).expand(512, -1)
     times = torch.full((512,), t if s is None else s)
     consistent = (texts[:, 1] == 1).float() * language
-    for _ in range(1000):
+    for _ in range(1200):
         x0 = texts[torch.multinomial(consistent, 512, replacement=True)]
         x_BKL, _ = model.denoiser.propose(xt, xt == MASK, 1, int(torch.randint(2**62, ())), t=t)
         data, proposal = energies(energy, x0, x_BKL[:, 0], xt, times, None)

@@ -127,7 +127,8 @@ def clocks(model: EDLMModel, wait):
     """Seconds spent in the networks, by name; `wait()` precedes every look at the clock."""
     # generate() never calls the denoiser as a whole: it projects only the positions that it draws
     parts = [("denoiser", model.denoiser.backbone), ("denoiser", model.denoiser.head)]
-    parts += [("energy", model.energy_model)] if model.energy_model is not None else []
+    # nor an autoregressive energy: its parts are called one by one
+    parts += [("energy", part) for part in model.energy_model.children()] if model.energy_model is not None else []
     seconds, hooks = {"denoiser": 0.0, "energy": 0.0}, []
 
     def add(name: str, sign: int) -> None:
