@@ -34,7 +34,7 @@ class EDLMConfig(PreTrainedConfig):
         time_conditioning: whether the network sees t. Needs `cond_dim` > 0.
         dropout: probability, in training only.
         rope_theta: base of the rotary position embedding.
-        energy_type: `"none"`, `"ar"`, `"coar"` or `"nce"` (EDLM, arXiv 2410.21357, sections 4.1 and 4.2).
+        energy_type: `"none"`, `"ar"`, `"coar"` or `"nce"` (EDLM, arXiv 2410.21357).
         energy_target: `"x0"`, the paper's energy of a full candidate, or `"xs"`, an energy of the next state.
         energy_pooling: `"mean"` pools hidden states over all positions, as published; `"sum"` adds one scalar
             for each position that is masked in xt and given in x.

@@ -117,5 +117,5 @@ def candidate_energies(
 
 
 def nce_loss(energy_data_N: torch.Tensor, energy_proposal_N: torch.Tensor) -> torch.Tensor:
-    """softplus(E(x+)) + softplus(-E(x-)), mean over rows: EDLM equation 11, minimal at E = log mu - log q."""
+    """softplus(E(x+)) + softplus(-E(x-)), mean over rows: the NCE objective of EDLM, minimal at log mu - log q."""
     return nn.functional.softplus(energy_data_N).mean() + nn.functional.softplus(-energy_proposal_N).mean()

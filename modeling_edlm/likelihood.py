@@ -22,7 +22,7 @@ def log_partition(
     """log Z(xt) = log E_{x0 ~ mu(. | xt)}[exp(-E(x0, xt, t))], by log-mean-exp over proposals, and its standard error.
 
     The estimate is biased low by about half its squared standard error (Jensen), so one sample is refused. For coAR
-    energies Z is 1 for any denoiser. Source: EDLM (arXiv 2410.21357), equation 6.
+    energies Z is 1 for any denoiser. Source: the residual form of EDLM (arXiv 2410.21357).
 
     Returns:
         log Z (N,) float64 and its standard error (N,) by the delta method.

@@ -144,7 +144,7 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin):
     def log_p_x0(self, xt, t=None, attention_mask=None) -> torch.Tensor:
         """SUBS log-probabilities (N, L, V), float32: no mass on the mask token, unmasked tokens carry over.
 
-        Source: MDLM, arXiv 2406.07524, section 3.2.3.
+        Source: the SUBS parameterization of MDLM, arXiv 2406.07524.
         """
         log_p_NLV = self.log_mu(*self.encode(xt, t, attention_mask))
         carried_NLV = torch.full_like(log_p_NLV, float("-inf")).scatter_(-1, xt[..., None], 0.0)
@@ -265,7 +265,7 @@ class EDLMEnergyModel(EDLMPreTrainedModel):
 
 
 class EDLMModel(EDLMPreTrainedModel, EDLMGenerationMixin):
-    """Denoiser and energy: p(x0 | xt) = mu(x0 | xt) exp(-E(x0, xt, t)) / Z(xt) (EDLM, equation 6)."""
+    """Denoiser and energy: p(x0 | xt) = mu(x0 | xt) exp(-E(x0, xt, t)) / Z(xt), the residual form of EDLM."""
 
     base_model_prefix = "denoiser"
     generation_config_class = EDLMGenerationConfig
@@ -348,7 +348,7 @@ class EDLMModel(EDLMPreTrainedModel, EDLMGenerationMixin):
             t: time of xt (of xs for a step energy), scalar or (N,); read only by networks with time conditioning.
             log_mu: (N,) log mu(x | xt) where the caller knows it already; only the AR energies need it.
         Returns:
-            (N,) float32; zeros for `energy_type="none"`. Source: EDLM, sections 4.1 (AR, coAR) and 4.2 (NCE).
+            (N,) float32; zeros for `energy_type="none"`. Source: EDLM (arXiv 2410.21357).
         """
         if self.energy_type == "none":
             return torch.zeros(x.shape[0], device=x.device)

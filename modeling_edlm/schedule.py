@@ -52,7 +52,7 @@ def reveal_steps(u_BL: torch.Tensor, num_steps: int) -> torch.Tensor:
 
     Under absorbing noise this step does not depend on any token value, so it is drawn before the sampling loop. A
     position still masked at step i is then revealed at it with probability (alpha(s) - alpha(t)) / (1 - alpha(t)),
-    the posterior of MDLM (arXiv 2406.07524, equation 6), and the last step reveals all that is left.
+    the posterior of MDLM (arXiv 2406.07524), and the last step reveals all that is left.
 
     Args:
         u_BL: uniforms in [0, 1).

@@ -195,10 +195,12 @@ def test_10_no_candidate_gets_a_copy_of_the_vocabulary(energy_type, monkeypatch)
     V, L, K = 4001, 12, 16
     sizes = {"vocab_size": V, "mask_token_id": V - 1, "bos_token_id": V - 1, "hidden_size": 4}
     model = make_toy(energy_type, length=L, num_attention_heads=1, **sizes)
+    whole = model.generate(batch_size=1, num_steps=3, num_candidates=K, **ALWAYS)
     monkeypatch.setattr("modeling_edlm.backbone.CHUNK", L * V)
     with LargestTensor() as largest:
-        model.generate(batch_size=1, num_steps=3, num_candidates=K, **ALWAYS)
+        in_pieces = model.generate(batch_size=1, num_steps=3, num_candidates=K, **ALWAYS)
     assert largest.numel <= L * V
+    assert torch.equal(in_pieces, whole)
 
 
 def test_11_every_draw_is_used(monkeypatch):

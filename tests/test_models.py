@@ -152,9 +152,10 @@ def test_causal_model_sees_no_future_and_its_cache_changes_nothing():
 def test_positions_project_the_same_rows():
     for cls in (EDLMForMaskedLM, EDLMForCausalLM):
         model = randomize(cls(EDLMConfig(**SMALL)))
-        x, positions = torch.randint(0, 12, (3, 7)), torch.tensor([0, 5, 9, 20])
-        expected = model(x).logits.flatten(0, 1)[positions]
-        torch.testing.assert_close(model(x, positions=positions).logits, expected, atol=1e-5, rtol=1e-4)
+        x = torch.randint(0, 12, (10, 16))
+        for positions in (torch.tensor([0, 5, 9, 20]), torch.randperm(160)[:101]):  # the second is padded inside
+            expected = model(x).logits.flatten(0, 1)[positions]
+            torch.testing.assert_close(model(x, positions=positions).logits, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():

@@ -55,7 +55,7 @@ class PretrainArguments(LoopArguments, DataArguments):
 
 
 def mdlm_loss(model, x0_BL: torch.Tensor, t_B: torch.Tensor, u_BL: torch.Tensor, mask_token_id: int) -> torch.Tensor:
-    """(B,) nats: (1/t) sum over masked positions of -log mu_i(x0_i | xt), MDLM (arXiv 2406.07524), equation 10."""
+    """(B,) nats: (1/t) sum over masked positions of -log mu_i(x0_i | xt), the continuous-time bound of MDLM."""
     xt_BL = q_sample(x0_BL, t_B, u_BL, mask_token_id)
     positions_M = (xt_BL == mask_token_id).flatten().nonzero()[:, 0]
     logits_MV = model(xt_BL, t=t_B, positions=positions_M).logits

@@ -1,4 +1,4 @@
-"""Fine-tune an energy by noise contrastive estimation (EDLM, arXiv 2410.21357, section 4.2).
+"""Fine-tune an energy by noise contrastive estimation (EDLM, arXiv 2410.21357).
 
     python -m training.train_energy --base runs/denoiser/model --data FOLDER --output_dir runs/energy
 
