@@ -29,7 +29,7 @@ lint: .venv/.stamp-test
 bench: .venv/.stamp-test model
 	$(PYTHON_VENV) -m training.bench
 
-# A Hub repo holds the model code beside the weights: the copies in hub_cards/*/ are made here and are not tracked.
+# A Hub repo holds its code: the copies in hub_cards/*/ and hub_cards/metrics/*/ are made here and are not tracked.
 model: .venv/.stamp-demo
 	$(PYTHON_VENV) hub_cards/assemble.py
 
@@ -51,5 +51,5 @@ model: .venv/.stamp-demo
 # Everything make made, .venv included; never runs/.
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
-	rm -f hub_cards/*/*.py
+	rm -f hub_cards/*/*.py hub_cards/metrics/*/metrics.py
 	find . -name .git -prune -o -name runs -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,6 +10,7 @@ from transformers import (
 
 from .configuration_edlm import EDLMConfig
 from .generation_edlm import EDLMGenerationConfig, EDLMGenerationOutput
+from .likelihood import EDLMLikelihoodOutput
 from .modeling_edlm import EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel, EDLMPreTrainedModel
 
 AutoConfig.register("edlm", EDLMConfig)
@@ -32,6 +33,7 @@ __all__ = [
     "EDLMForMaskedLM",
     "EDLMGenerationConfig",
     "EDLMGenerationOutput",
+    "EDLMLikelihoodOutput",
     "EDLMModel",
     "EDLMPreTrainedModel",
 ]

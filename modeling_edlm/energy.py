@@ -95,24 +95,25 @@ def candidate_energies(
     energy,
     x_NKL: torch.Tensor,
     xt_NL: torch.Tensor,
-    t: float,
+    t: float | torch.Tensor | None,
     log_mu_NK: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     batch_size: int | None = None,
 ) -> torch.Tensor:
     """Energies (N, K) of K candidates for each row, `batch_size` of them in one pass (None: all).
 
-    `energy` is a model's `energy(x, xt, t, attention_mask, log_mu)`.
+    `energy` is a model's `energy(x, xt, t, attention_mask, log_mu)`; t is a scalar or (N,).
     """
     N, K, _ = x_NKL.shape
     xt_PL = xt_NL.repeat_interleave(K, dim=0)  # P = N * K, the candidates of a row side by side
     mask_PL = None if attention_mask is None else attention_mask.repeat_interleave(K, dim=0)
+    t_P = t.repeat_interleave(K) if isinstance(t, torch.Tensor) and t.ndim else None
     x_PL, log_mu_P = x_NKL.flatten(0, 1), log_mu_NK.flatten()
     energies = []
     for start in range(0, N * K, batch_size or N * K):
         now = slice(start, start + (batch_size or N * K))
         mask = None if mask_PL is None else mask_PL[now]
-        energies.append(energy(x_PL[now], xt_PL[now], t, mask, log_mu_P[now]))
+        energies.append(energy(x_PL[now], xt_PL[now], t if t_P is None else t_P[now], mask, log_mu_P[now]))
     return torch.cat(energies).view(N, K)
 
 

@@ -30,6 +30,7 @@ class EDLMGenerationConfig(GenerationConfig):
         num_candidates: candidates k that the energy chooses from; 1 is plain masked diffusion (MDLM).
         energy_window: (hi, lo), the energy acts at steps whose time t lies in [lo, hi]; t=1 is all mask.
         energy_temperature: tau in the importance weights exp(-E / tau).
+        temperature: of the proposal's logits; the proposal so changed is the mu that the energy corrects.
         energy_batch_size: candidates scored in one pass of the energy network; None is all of a step.
         output_history: keep the state after every step.
         return_dict_in_generate: return an `EDLMGenerationOutput` and not just the sequences.
@@ -49,6 +50,7 @@ class EDLMGenerationConfig(GenerationConfig):
         self.energy_window = kwargs.pop("energy_window", (1.0, 0.8))
         self.energy_temperature = kwargs.pop("energy_temperature", 1.0)
         self.energy_batch_size = kwargs.pop("energy_batch_size", None)
+        self.temperature = kwargs.pop("temperature", 1.0)
         self.output_history = kwargs.pop("output_history", False)
         self.return_dict_in_generate = kwargs.pop("return_dict_in_generate", False)
         self.bos_token_id = kwargs.pop("bos_token_id", None)
@@ -74,8 +76,9 @@ class EDLMGenerationConfig(GenerationConfig):
         if not isinstance(window, list | tuple) or len(window) != 2 or not 1 >= window[0] >= window[1] >= 0:
             raise ValueError(f"energy_window must be (hi, lo) with 1 >= hi >= lo >= 0, got {window}")
         self.energy_window = tuple(window)  # a list in JSON
-        if not 0 < self.energy_temperature < float("inf"):
-            raise ValueError(f"energy_temperature must be positive, got {self.energy_temperature}")
+        for name in ("energy_temperature", "temperature"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
     @classmethod
     def from_model_config(cls, model_config):
@@ -147,7 +150,7 @@ class EDLMGenerationMixin:
         if seed is None:
             seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator and generator.device))
         xt_BL, attention_mask = self._canvas(input_ids, attention_mask, config, batch_size)
-        with _in_eval_mode(self):
+        with in_eval_mode(self):
             output = self._denoise(xt_BL, attention_mask, config, seed, first_row, callback_on_step_end)
         return output if config.return_dict_in_generate else output.sequences
 
@@ -174,7 +177,7 @@ class EDLMGenerationMixin:
                     energies_BT[rows_N, step], ess_BT[rows_N, step] = energy_N, ess_N
                     energy_nfe_B[rows_N] += K
                 else:
-                    x_NL = self._propose(state, now_NL, 1)[0][:, 0]
+                    x_NL = self._propose(state, now_NL, 1, config.temperature)[0][:, 0]
                 xt_BL[rows_N.to(device)] = torch.where(now_NL.to(device), x_NL, state.xt_NL)
                 nfe_B[rows_N] += 1
             if config.output_history:
@@ -189,7 +192,9 @@ class EDLMGenerationMixin:
     def _resample(self, state: "State", now_NL, masked_NL, config):
         """Keep one of K candidates: x (N, L), its energy (N,) and the effective sample size (N,)."""
         is_x0 = self.config.energy_target == "x0"  # a step energy sees only what this step reveals
-        x_NKL, log_mu_NK = self._propose(state, masked_NL if is_x0 else now_NL, config.num_candidates)
+        x_NKL, log_mu_NK = self._propose(
+            state, masked_NL if is_x0 else now_NL, config.num_candidates, config.temperature
+        )
         energy_NK = candidate_energies(
             self.energy,
             x_NKL,
@@ -207,9 +212,10 @@ class EDLMGenerationMixin:
         n = torch.arange(len(x_NKL), device=x_NKL.device)
         return x_NKL[n, choice_N], energy_NK[n, choice_N], ess_N
 
-    def _propose(self, state: "State", where_NL: torch.Tensor, K: int):
+    def _propose(self, state: "State", where_NL: torch.Tensor, K: int, temperature: float):
+        counters = state.seed, state.rows_N, state.step
         x_NKL, log_mu_NK = self.denoiser.propose(
-            state.xt_NL, where_NL, K, state.seed, state.rows_N, state.step, state.t, state.attention_mask
+            state.xt_NL, where_NL, K, *counters, state.t, state.attention_mask, temperature
         )
         state.health.note("logits", log_mu_NK.isnan().any(), state.step)
         return x_NKL, log_mu_NK
@@ -235,12 +241,12 @@ class EDLMGenerationMixin:
                 raise ValueError("attention_mask needs input_ids, got None")
             input_ids = torch.empty(batch_size, 0, dtype=torch.int64, device=self.device)
         else:
-            _check_prompt(input_ids, self.config.vocab_size)
+            check_prompt(input_ids, self.config.vocab_size)
             if batch_size != 1:
                 raise ValueError(f"batch_size counts free samples; with input_ids leave it at 1, got {batch_size}")
             input_ids = input_ids.long()
             if attention_mask is not None:
-                attention_mask = _check_attention_mask(attention_mask, input_ids)
+                attention_mask = check_attention_mask(attention_mask, input_ids)
         B, prompt_length = input_ids.shape
         gaps_BL = input_ids == mask
         fills_gaps = bool((gaps_BL if attention_mask is None else gaps_BL & attention_mask.bool()).any())
@@ -333,7 +339,7 @@ class Health:
 
 
 @contextmanager
-def _in_eval_mode(model: torch.nn.Module):
+def in_eval_mode(model: torch.nn.Module):
     """Dropout off, and every module's own flag back at the end."""
     training = [module for module in model.modules() if module.training]
     for module in training:
@@ -350,7 +356,8 @@ def _check_count(name: str, value) -> None:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
-def _check_prompt(input_ids: torch.Tensor, vocab_size: int) -> None:
+def check_prompt(input_ids: torch.Tensor, vocab_size: int) -> None:
+    """Raises ValueError unless these are token ids, (B, L) and not empty."""
     if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
         shape = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
         raise ValueError(f"input_ids must be an integer tensor (B, L), got {shape}")
@@ -361,7 +368,8 @@ def _check_prompt(input_ids: torch.Tensor, vocab_size: int) -> None:
         raise ValueError(f"input_ids must lie in [0, vocab_size={vocab_size}), got {int(input_ids[outside][0])}")
 
 
-def _check_attention_mask(attention_mask: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+def check_attention_mask(attention_mask: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """The mask as int64, if it pads on the left; ValueError if not."""
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids has {tuple(input_ids.shape)}"

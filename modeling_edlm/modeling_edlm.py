@@ -12,6 +12,7 @@ from .backbone import Backbone, Head, initialize, log_probs, position_chunks
 from .configuration_edlm import EDLMConfig
 from .energy import EnergyNetwork, causal_log_prob
 from .generation_edlm import EDLMGenerationConfig, EDLMGenerationMixin
+from .likelihood import EDLMLikelihoodMixin
 from .sampler import draw, uniforms
 from .schedule import conditioning
 
@@ -49,7 +50,7 @@ class EDLMPreTrainedModel(PreTrainedModel):
         return conditioning(t_N)
 
 
-class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin):
+class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMixin):
     """The denoiser alone: a masked diffusion language model (MDLM, arXiv 2406.07524), with `generate()`."""
 
     base_model_prefix = "denoiser"  # where a whole EDLM keeps it
@@ -104,9 +105,22 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin):
         """The last hidden states (N, L, D) and the conditioning, from which `log_mu` projects what is needed."""
         return self.backbone(xt_NL, self.noise(t, xt_NL), attention_mask, position_ids)
 
-    def log_mu(self, hidden_NLD, cond_NC, positions_M=None) -> torch.Tensor:
+    def log_mu(self, hidden_NLD, cond_NC, positions_M=None, temperature: float = 1.0) -> torch.Tensor:
         """(M, V) float32 log mu_i(. | xt) at flat positions, taken to be masked; (N, L, V) without positions."""
-        return log_probs(self.head(hidden_NLD, cond_NC, positions_M), self.config.mask_token_id)
+        logits = self.head(hidden_NLD, cond_NC, positions_M)
+        if temperature != 1:
+            logits = logits.float() / temperature
+        return log_probs(logits, self.config.mask_token_id)
+
+    def log_mu_chunks(self, xt_NL, where_NL, t=None, attention_mask=None, temperature: float = 1.0):
+        """Yields flat positions (M,) and log mu_i(. | xt) there (M, V): all of `where`, as many at once as fit.
+
+        `where_NL` is on the CPU, so that the device is not waited for.
+        """
+        encoded = self.encode(xt_NL, t, attention_mask)
+        for chunk_M in position_chunks(where_NL.flatten().nonzero()[:, 0], self.config.vocab_size):
+            chunk_M = chunk_M.to(xt_NL.device)
+            yield chunk_M, self.log_mu(*encoded, chunk_M, temperature)
 
     @torch.no_grad()
     def propose(
@@ -119,25 +133,25 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin):
         step: int = 0,
         t=None,
         attention_mask: torch.Tensor | None = None,
+        temperature: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """K independent draws from mu(. | xt) at `where`, all from one pass; only these positions are projected.
 
         Args:
-            xt_NL: states. where_NL: bool, what to fill; on the CPU, so that the device is not waited for.
+            xt_NL: states. where_NL: bool on the CPU, what to fill.
             seed, rows_N, step: with the position and the candidate, the counters of the uniforms.
+            temperature: of the logits; mu is what results.
         Returns:
             x (N, K, L), xt with the drawn values in place, and log mu of what was drawn, (N, K) float32.
         """
         (N, L), K, device = xt_NL.shape, num_candidates, xt_NL.device
-        rows_N = torch.arange(N) if rows_N is None else rows_N
-        encoded = self.encode(xt_NL, t, attention_mask)
+        rows_N = torch.arange(N, device=device) if rows_N is None else rows_N.to(device)
         x_PK = xt_NL.flatten()[:, None].repeat(1, K)  # P = N * L
         log_mu_PK = torch.zeros(N * L, K, device=device)
-        for chunk_M in position_chunks(where_NL.flatten().nonzero()[:, 0], self.config.vocab_size):
-            row_M1, position_M1 = rows_N[chunk_M // L, None].to(device), (chunk_M % L)[:, None].to(device)
-            u_MK = uniforms(seed, row_M1, step, position_M1, torch.arange(K, device=device))
-            chunk_M = chunk_M.to(device)
-            x_PK[chunk_M], log_mu_PK[chunk_M] = draw(self.log_mu(*encoded, chunk_M), u_MK)
+        for chunk_M, log_mu_MV in self.log_mu_chunks(xt_NL, where_NL, t, attention_mask, temperature):
+            place_M = rows_N[chunk_M // L, None], step, (chunk_M % L)[:, None]
+            u_MK = uniforms(seed, *place_M, torch.arange(K, device=device))
+            x_PK[chunk_M], log_mu_PK[chunk_M] = draw(log_mu_MV, u_MK)
         # summed row by row, not scattered with atomics: the same seed gives the same bits
         return x_PK.view(N, L, K).transpose(1, 2), log_mu_PK.view(N, L, K).sum(1)
 
@@ -264,7 +278,7 @@ class EDLMEnergyModel(EDLMPreTrainedModel):
         return SequenceClassifierOutput(logits=energy_N[:, None])
 
 
-class EDLMModel(EDLMPreTrainedModel, EDLMGenerationMixin):
+class EDLMModel(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMixin):
     """Denoiser and energy: p(x0 | xt) = mu(x0 | xt) exp(-E(x0, xt, t)) / Z(xt), the residual form of EDLM."""
 
     base_model_prefix = "denoiser"

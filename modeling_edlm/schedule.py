@@ -12,6 +12,11 @@ def alpha(t: torch.Tensor) -> torch.Tensor:
     return 1.0 - t
 
 
+def time_at(alpha_t: torch.Tensor) -> torch.Tensor:
+    """The time at which `alpha` has this value."""
+    return 1.0 - alpha_t
+
+
 def dalpha(t: torch.Tensor) -> torch.Tensor:
     """Derivative of `alpha` with respect to t."""
     return -torch.ones_like(t)

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from modeling_edlm import EDLMForCausalLM, EDLMModel
 from modeling_edlm.schedule import antithetic_times
 from training.data import PackedTokens, tokenize
+from training.metrics import bits_per_character
 from training.pretrain import mdlm_loss
-from training.report import bits_per_character
 from training.train_energy import accuracy, contrast, energies
 
 ROOT = Path(__file__).parents[1]

@@ -1,7 +1,9 @@
 """Tiny models and the exact law of their samplers, by enumeration: what every sampler test compares against."""
 
 import itertools
+import math
 from collections import defaultdict
+from functools import cache
 
 import torch
 from scipy.stats import chi2
@@ -129,3 +131,37 @@ def p_value(samples_NL: torch.Tensor, law: dict[tuple, float]) -> float:
 
 def total_variation(p: dict, q: dict) -> float:
     return sum(abs(p.get(x, 0.0) - q.get(x, 0.0)) for x in p.keys() | q.keys()) / 2
+
+
+def path_bounds(model, texts: list[tuple], num_steps: int, k: int, window=(1.0, 0.0), tau: float = 1.0) -> torch.Tensor:
+    """For each text, the sum over the steps of E[-log p_k(x0_S | xt)] in nats, xt and S as the sampler draws them: the
+    bound on -log p(x0) that `likelihood` tends to as its inner samples grow."""
+
+    @cache
+    def law(state: tuple, filled: tuple, i: int, active: bool) -> torch.Tensor:
+        t, s = 1 - i / num_steps, 1 - (i + 1) / num_steps
+        log_mu_C = log_mu(model, state, t, filled)
+        if not active:
+            return log_mu_C.exp()
+        return law_p_k(log_mu_C, exact_energy(model, completions(state, filled), state, t, s) / tau, k)
+
+    totals = []
+    for x0 in texts:
+        total = 0.0
+        for i, masked in itertools.product(range(num_steps), subsets(range(len(x0)))):
+            t, s = 1 - i / num_steps, 1 - (i + 1) / num_steps
+            active = k > 1 and window[1] - 1e-9 <= t <= window[0] + 1e-9
+            state = tuple(MASK if j in masked else v for j, v in enumerate(x0))
+            for now in subsets(masked)[1:]:
+                p = (t - s) ** len(now) * s ** (len(masked) - len(now)) * (1 - t) ** (len(x0) - len(masked))
+                if p > 0:
+                    filled = masked if active and model.config.energy_target == "x0" else now
+                    hits = [all(x[j] == x0[j] for j in now) for x in completions(state, filled)]
+                    total -= p * math.log(float(law(state, filled, i, active)[torch.tensor(hits)].sum()))
+        totals.append(total)
+    return torch.tensor(totals, dtype=torch.float64)
+
+
+def subsets(items) -> list[tuple]:
+    items = tuple(items)
+    return [c for size in range(len(items) + 1) for c in itertools.combinations(items, size)]

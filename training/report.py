@@ -9,7 +9,6 @@ Shapes: B samples, L length.
 """
 
 import json
-import math
 import os
 import platform
 import time
@@ -26,7 +25,8 @@ from transformers import AutoTokenizer
 from modeling_edlm import EDLMForCausalLM, EDLMModel
 
 from .data import PackedTokens, tokenize
-from .pretrain import PretrainArguments, ar_loss
+from .metrics import bits_per_character, summary, token_entropy
+from .pretrain import PretrainArguments
 from .train_energy import EnergyArguments
 from .trainer import parse_arguments
 
@@ -82,24 +82,6 @@ def training_facts(run: Path, name: str) -> dict:
         "last_evaluation": curve[-1],
         "curve": curve,
     }
-
-
-@torch.no_grad()
-def bits_per_character(scorer: EDLMForCausalLM, x_BL: torch.Tensor) -> torch.Tensor:
-    """(B,) bits per token under the AR model, which are bits per character for a character tokenizer."""
-    nll_BL = ar_loss(scorer, x_BL, scorer.config.bos_token_id, scorer.config.mask_token_id)
-    return nll_BL.mean(-1) / math.log(2)
-
-
-def token_entropy(x_BL: torch.Tensor) -> torch.Tensor:
-    """(B,) nats: entropy of each sample's own token frequencies."""
-    counts = torch.nn.functional.one_hot(x_BL).sum(1).double()
-    p = counts / counts.sum(-1, keepdim=True)
-    return -(p * p.clamp(min=1e-300).log()).sum(-1)
-
-
-def summary(values: torch.Tensor) -> dict:
-    return {"mean": float(values.mean()), "stderr": float(values.std()) / math.sqrt(len(values))}
 
 
 def main(argv: list[str] | None = None):
