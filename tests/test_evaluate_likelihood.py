@@ -27,6 +27,7 @@ from training.data import character_tokenizer
 from training.pretrain import ar_loss
 
 LENGTH, NUM_SEQUENCES, NUM_STEPS, SETTINGS = 5, 6, (2, 4), ((2, 1.0), (2, 2.0), (3, 1.0), (3, 2.0))
+PLAIN = 5  # draws without an energy
 LIKELIHOOD_OPTIONS = {"num_samples": 4, "num_times": 3, "seed": 7}
 
 
@@ -69,6 +70,7 @@ def options(root, out, **changes) -> list[str]:
         "cache_dir": root / "tokens",
         "out": out,
         "num_threads": 1,
+        "num_times_plain": PLAIN,
     } | LIKELIHOOD_OPTIONS
     return [part for k, v in (values | changes).items() for part in (f"--{k}", str(v))]
 
@@ -137,13 +139,12 @@ def test_sampler_rows_are_those_of_likelihood(whole, variants, x0):
     for row in rows:
         k, tau = row["num_candidates"], row["energy_temperature"] or 1.0
         model = variants[row["energy"] or "coar"]
-        output = model.likelihood(
-            x0, num_steps=row["num_steps"], num_candidates=k, energy_temperature=tau, energy_window=(1.0, 0.0),
-            **LIKELIHOOD_OPTIONS,
-        )  # fmt: skip
-        assert_close(row["bits_per_token"], summary(output.nll))
-        assert_close(row["bits_per_character"], summary(output.nll))  # a token is a character here, and a byte
-        assert_close(row["bits_per_byte"], summary(output.nll))
+        same = {"num_steps": row["num_steps"], "energy_window": (1.0, 0.0)} | LIKELIHOOD_OPTIONS
+        output = model.likelihood(x0, num_candidates=k, energy_temperature=tau, **same)
+        nll_B = model.likelihood(x0, num_candidates=1, **same | {"num_times": PLAIN}).nll - (k > 1) * output.gain
+        assert_close(row["bits_per_token"], summary(nll_B))
+        assert_close(row["bits_per_character"], summary(nll_B))  # a token is a character here, and a byte
+        assert_close(row["bits_per_byte"], summary(nll_B))
         assert (row["energy"] is None) == (k == 1) == (row["gain"] is None)
         if row["energy"]:
             assert_close(row["gain"], summary(output.gain))
@@ -179,7 +180,8 @@ def test_other_estimators(whole, variants, x0):
         exact = ar_loss(coar.energy_model, x0, coar.energy_model.config.bos_token_id, 3).sum(-1)
     assert_close(rows.pop(("ar", None, None)), summary(exact))
     draws = {"num_times": 3, "seed": 7}
-    assert_close(rows.pop(("mdlm", None, None)), summary(nce.likelihood(x0, estimator="mdlm", **draws).nll))
+    plain = draws | {"num_times": PLAIN}
+    assert_close(rows.pop(("mdlm", None, None)), summary(nce.likelihood(x0, estimator="mdlm", **plain).nll))
     for name in ("nce", "coar"):  # there is no published form for a step energy
         output = variants[name].likelihood(x0, estimator="paper", num_samples=4, **draws)
         assert_close(rows.pop(("paper", name, "lower")), summary(output.nll))
@@ -200,9 +202,11 @@ def test_edlm_against_twice_the_steps(whole, variants, x0):
     for row in double:
         name, setting = row["energy"], (row["num_candidates"], row["energy_temperature"])
         same = {"energy_window": (1.0, 0.0), "settings": [setting]} | LIKELIHOOD_OPTIONS
-        at_t = likelihood_terms(variants[name], x0, num_steps=2, **same).nll_BJC[..., 0].mean(-1)
-        at_2t = likelihood_terms(variants[name], x0, num_steps=4, **same).mdlm_BJ.mean(-1)
-        assert_close(row["difference"], summary(at_t - at_2t))
+        plain = same | {"settings": [(1, 1.0)], "num_times": PLAIN}
+        terms = likelihood_terms(variants[name], x0, num_steps=2, **same)
+        gain = (terms.mdlm_BJ - terms.nll_BJC[..., 0]).mean(-1)
+        at_t, at_2t = (likelihood_terms(variants[name], x0, num_steps=T, **plain).mdlm_BJ.mean(-1) for T in (2, 4))
+        assert_close(row["difference"], summary(at_t - gain - at_2t))
         assert row["is_at_most_zero"] == (row["difference"]["mean"] <= 0)
 
 
@@ -256,7 +260,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(folders, whole, tmp_path, mon
     evaluate_likelihood.main(run)
     results, parts = results_of(out), sorted(out.with_suffix(".parts").iterdir())
     assert numbers(results) == numbers(results_of(whole))  # bit for bit
-    assert len(parts) == 2 * 3 * (1 + 1 + 2 + 3 * 2) and 5 <= before < len(parts)
+    assert len(parts) == 2 * 3 * (1 + 1 + 2 + (1 + 3) * 2) and 5 <= before < len(parts)
     assert all(path.suffix == ".npz" for path in parts)  # nothing temporary left
 
     for path in parts[::3]:
@@ -278,7 +282,7 @@ def test_parts_of_another_run_are_not_taken(folders, tmp_path, monkeypatch):
 
     def num_parts(**changes):
         evaluate_likelihood.main(options(folders, out, **small | changes))
-        return len(list(out.with_suffix(".parts").iterdir()))
+        return len(list(out.with_suffix(".parts").glob("*-nce-*")))  # those with the energy
 
     total = num_parts()
     assert total == 2
@@ -312,7 +316,7 @@ def test_two_processes_share_the_parts(folders, whole, tmp_path):
     assert results_of(out)["num_processes"] == 2
     assert_close(numbers(results_of(out)), numbers(results_of(whole))[:1])
     assert done.stdout.count("| MDLM |") == 1  # one of them prints
-    assert len(list(out.with_suffix(".parts").iterdir())) == 3 * (1 + 1 + 2 + 3 * 2)
+    assert len(list(out.with_suffix(".parts").iterdir())) == 3 * (1 + 1 + 2 + (1 + 3) * 2)
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(folders, tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ def command(root, out, *more, scorer="scorer"):
 @pytest.fixture(scope="module")
 def out(root):
     out = root / "results" / "all.json"
-    others = ["--energies", f"coar={root / 'energy'}", "--ar", root / "gpt2"]
+    others = ["--energies", f"coar={root / 'energy'}", "--ar", root / "gpt2", "--mdlm_num_steps", "2,4,8"]
     evaluate_samples.main(command(root, out, *others, "--rerank", "2", "--ranker", root / "ranker"))
     return out
 
@@ -70,7 +70,11 @@ def test_every_setting_is_measured(out):
     rows = results["rows"]
     names = ["AR", "MDLM", "MDLM, best of 2"]
     names += [f"EDLM {name}, k=3, t in [0.8, 1]" for name in ("nce", "coar")]
-    assert [evaluate_samples.label(row) for row in rows] == [names[0]] * 3 + [n for n in names[1:] for _ in range(6)]
+    assert [evaluate_samples.label(row) for row in rows] == [
+        *[names[0]] * 3,
+        *[names[1]] * 9,
+        *(name for name in names[2:] for _ in range(6)),
+    ]
     for row in rows:
         assert row.keys() == {*METRICS, *COSTS, *SETTING}
         assert not row["scorer_is_own"] and row["seconds_per_sample"] > 0 and len(row["first_text"]) == LENGTH
@@ -143,7 +147,7 @@ def test_a_killed_command_goes_on(out, root, capsys, monkeypatch):
     measured = []
     sample = evaluate_samples.sample
     monkeypatch.setattr(evaluate_samples, "sample", lambda *a: measured.append(a[0]) or sample(*a))
-    others = ["--energies", f"coar={root / 'energy'}", "--ar", root / "gpt2"]
+    others = ["--energies", f"coar={root / 'energy'}", "--ar", root / "gpt2", "--mdlm_num_steps", "2,4,8"]
     others += ["--rerank", "2", "--ranker", root / "ranker"]
     evaluate_samples.main(command(root, again, *others))
     assert [row["num_steps"] for row in measured] == [4, 4]

@@ -59,6 +59,7 @@ class SampleArguments:
     cache_dir: str = field(default="runs/tokens", metadata={"help": "where token ids are kept"})
     out: str = field(default="", metadata={"help": "results, .json; the plot has the same name, but for .png"})
     num_steps: str = field(default="8,32,128", metadata={"help": "denoising steps T, with commas between"})
+    mdlm_num_steps: str = field(default="", metadata={"help": "T of MDLM, whose steps cost less; default: num_steps"})
     num_candidates: str = field(default="1,8", metadata={"help": "k, with commas between; 1 is MDLM"})
     window_lows: str = field(default="0.8", metadata={"help": "the energy acts at t in [this, 1]"})
     temperatures: str = field(default="1.0", metadata={"help": "of the proposal, with commas between"})
@@ -88,7 +89,7 @@ class SampleArguments:
         for name, least in {"num_samples": 2, "num_references": 0, "num_resamples": 1, "batch_size": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("num_steps", "num_candidates"):
+        for name in ("num_steps", self.mdlm_steps, "num_candidates"):
             if min(self.listed(name, int)) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
         if not all(0 <= low <= 1 for low in self.listed("window_lows", float)):
@@ -105,6 +106,10 @@ class SampleArguments:
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.num_references = self.num_references or self.num_samples
+
+    @property
+    def mdlm_steps(self) -> str:
+        return "mdlm_num_steps" if self.mdlm_num_steps else "num_steps"
 
     def listed(self, name: str, kind: type) -> list:
         try:
@@ -191,7 +196,7 @@ def settings(arguments: SampleArguments, networks: Networks) -> list[dict]:
     steps, candidates = arguments.listed("num_steps", int), arguments.listed("num_candidates", int)
     if arguments.ar:
         add("AR", "AR")
-    for num_steps in steps if 1 in candidates else []:
+    for num_steps in arguments.listed(arguments.mdlm_steps, int) if 1 in candidates else []:
         add("MDLM", None, num_steps, 1)
     for num_steps in steps if arguments.rerank else []:
         add("best of k", "ranker", num_steps, arguments.rerank)
