@@ -29,6 +29,8 @@ class EDLMGenerationConfig(GenerationConfig):
         num_steps: denoising steps T.
         num_candidates: candidates k that the energy chooses from; 1 is plain masked diffusion (MDLM).
         energy_window: (hi, lo), the energy acts at steps whose time t lies in [lo, hi]; t=1 is all mask.
+        shared_completion: whether the candidates of a step differ only in what the step reveals, and share one draw of
+            the rest. An extension of the paper, for energies of x0: no candidate is kept for what is thrown away.
         energy_temperature: tau in the importance weights exp(-E / tau).
         temperature: of the proposal's logits; the proposal so changed is the mu that the energy corrects.
         energy_batch_size: candidates scored in one pass of the energy network; None is all of a step.
@@ -48,6 +50,7 @@ class EDLMGenerationConfig(GenerationConfig):
         self.num_steps = kwargs.pop("num_steps", 128)
         self.num_candidates = kwargs.pop("num_candidates", 8)
         self.energy_window = kwargs.pop("energy_window", (1.0, 0.8))
+        self.shared_completion = kwargs.pop("shared_completion", False)
         self.energy_temperature = kwargs.pop("energy_temperature", 1.0)
         self.energy_batch_size = kwargs.pop("energy_batch_size", None)
         self.temperature = kwargs.pop("temperature", 1.0)
@@ -76,6 +79,8 @@ class EDLMGenerationConfig(GenerationConfig):
         if not isinstance(window, list | tuple) or len(window) != 2 or not 1 >= window[0] >= window[1] >= 0:
             raise ValueError(f"energy_window must be (hi, lo) with 1 >= hi >= lo >= 0, got {window}")
         self.energy_window = tuple(window)  # a list in JSON
+        if not isinstance(self.shared_completion, bool):
+            raise ValueError(f"shared_completion must be true or false, got {self.shared_completion!r}")
         for name in ("energy_temperature", "temperature"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -212,10 +217,10 @@ class EDLMGenerationMixin:
         n = torch.arange(len(x_NKL), device=x_NKL.device)
         return x_NKL[n, choice_N], energy_NK[n, choice_N], ess_N
 
-    def _propose(self, state: "State", where_NL: torch.Tensor, K: int, temperature: float):
+    def _propose(self, state: "State", where_NL: torch.Tensor, K: int, temperature: float, varied_NL=None):
         counters = state.seed, state.rows_N, state.step
         x_NKL, log_mu_NK = self.denoiser.propose(
-            state.xt_NL, where_NL, K, *counters, state.t, state.attention_mask, temperature
+            state.xt_NL, where_NL, K, *counters, state.t, state.attention_mask, temperature, varied_NL
         )
         state.health.note("logits", log_mu_NK.isnan().any(), state.step)
         return x_NKL, log_mu_NK

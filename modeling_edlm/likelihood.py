@@ -10,7 +10,8 @@ which has neither the 1/t of the usual form nor a step in which nothing happens.
 time at which they are revealed. It shares the sampler's draws and never calls generate().
 
 Shapes: B rows, J draws for each row, N = rows times draws that are worked on now, K candidates, L length, M selected
-positions (flat in N * L), V vocabulary, G completions, R random subsets, C settings.
+positions (flat in N * L), V vocabulary, G completions of the data's candidate, H pools of K proposals (one, or one for
+each completion), R random subsets, C settings.
 """
 
 import math
@@ -81,6 +82,7 @@ class EDLMLikelihoodMixin:
         num_candidates: int = 8,
         energy_window: tuple[float, float] = (1.0, 0.8),
         energy_temperature: float = 1.0,
+        shared_completion: bool = False,
         num_samples: int = 1,
         num_times: int = 32,
         seed: int = 0,
@@ -91,8 +93,9 @@ class EDLMLikelihoodMixin:
         """Estimate the negative log-likelihood of texts, in nats, each with its standard error.
 
         Estimators (EDLM is arXiv 2410.21357, MDLM arXiv 2406.07524):
-            "sampler": an upper bound on -log p(x0) of `generate()` with these `num_steps`, `num_candidates`, window
-                and energy temperature, valid for all of them; with one candidate, the bound of MDLM at that many steps.
+            "sampler": an upper bound on -log p(x0) of `generate()` with these `num_steps`, `num_candidates`, window,
+                energy temperature and completions, valid for all of them; with one candidate, the bound of MDLM at that
+                many steps.
             "mdlm": the denoiser's bound in continuous time, the limit of many steps without an energy.
             "paper": the published form, (1/t)(-log mu(x0|xt) + E(x0) + log Z). It is NOT an upper bound unless the law
                 of the denoiser factorises, and for coAR energies it is the AR model's own NLL by construction.
@@ -101,7 +104,8 @@ class EDLMLikelihoodMixin:
             input_ids: (B, L) texts without mask tokens. attention_mask: (B, L), 0 for padding on the left.
             prompt_mask: (B, L), true for tokens that are given: they are not scored.
             num_samples: inner samples. For "sampler", completions of the data's candidate (a step energy needs none)
-                and at least as many other candidates: more tighten the bound. For "paper", at least 2 for log Z.
+                and at least as many other candidates (with a shared completion, `num_candidates` for each of them):
+                more tighten the bound. For "paper", at least 2 for log Z.
             num_times: draws of (t, xt) for each row, stratified over time.
             seed, first_row: fix the draws of each row by its number, whatever the batch.
             batch_size: states in one pass of the denoiser. energy_batch_size: candidates in one of the energy.
@@ -148,6 +152,7 @@ def likelihood_terms(
     prompt_mask: torch.Tensor | None = None,
     num_steps: int = 128,
     energy_window: tuple[float, float] = (1.0, 0.8),
+    shared_completion: bool = False,
     num_samples: int = 1,
     num_times: int = 32,
     seed: int = 0,
@@ -164,10 +169,14 @@ def likelihood_terms(
     scored_BL, attention_mask = _scored(model, input_ids, attention_mask, prompt_mask)
     J, is_x0 = num_times, model.config.energy_target == "x0"
     T, (hi, lo) = (num_steps, energy_window) if estimator == "sampler" else (None, (1.0, 0.0))
-    num_proposals, num_completions = max(num_samples, *(k for k, _ in settings)), num_samples if is_x0 else 1
+    largest = max(k for k, _ in settings)
+    num_proposals, num_completions = max(num_samples, largest), num_samples if is_x0 else 1
+    is_shared = shared_completion and is_x0 and estimator == "sampler"
+    if is_shared:  # for each completion
+        num_proposals = largest
     if estimator == "paper":  # Z of a coAR energy is 1 for any denoiser: nothing is drawn for it
         num_proposals, num_completions = 0 if model.energy_type == "coar" else num_samples, 1
-    is_plain = estimator == "mdlm" or model.energy_type == "none" or (T and max(k for k, _ in settings) == 1)
+    is_plain = estimator == "mdlm" or model.energy_type == "none" or (T and largest == 1)
 
     t, mdlm, nll, ess = [], [], [], []
     with in_eval_mode(model):
@@ -176,12 +185,12 @@ def likelihood_terms(
             counters = seed, row_N + first_row, draw_N
             t_N, s_N, masked_NL, shown_NL = _moments(scored_BL[row_N], counters, J, T)
             active_N = torch.zeros(len(t_N), dtype=torch.bool) if is_plain else (lo - 1e-9 <= t_N) & (t_N <= hi + 1e-9)
-            mean_log_mu_N, log_v_NG, log_w_NK = _weigh(
+            mean_log_mu_N, log_v_NG, log_w_NHK = _weigh(
                 model,
                 input_ids[row_N.to(input_ids.device)].to(model.device),
                 None if attention_mask is None else attention_mask[row_N.to(model.device)],
                 (t_N, t_N if is_x0 else s_N, masked_NL, shown_NL, active_N),
-                (num_proposals, num_completions),
+                (num_proposals, num_completions, is_shared),
                 counters,
                 energy_batch_size,
             )
@@ -190,12 +199,12 @@ def likelihood_terms(
             t.append(t_N)
             mdlm.append(-F_N * mean_log_mu_N)
             if estimator == "sampler":
-                gain_CN = [log_mean_ratio(log_v_NG / tau, log_w_NK / tau, k, counters) for k, tau in settings]
-                ess_CN = [1 / (log_w_NK[:, :k] / tau).softmax(-1).square().sum(-1) for k, tau in settings]
+                gain_CN = [log_mean_ratio(log_v_NG / tau, log_w_NHK / tau, k, counters) for k, tau in settings]
+                ess_CN = [1 / (log_w_NHK[:, 0, :k] / tau).softmax(-1).square().sum(-1) for k, tau in settings]
                 nll.append(torch.stack([mdlm[-1] - scale_N * gain_N for gain_N in gain_CN], -1))
                 ess.append(torch.stack(ess_CN, -1).where(active_N[:, None], float("nan")))
             elif estimator == "paper":
-                log_z_CN = log_mean_exp(log_w_NK) if num_proposals else (0.0, 0.0)
+                log_z_CN = log_mean_exp(log_w_NHK[:, 0]) if num_proposals else (0.0, 0.0)
                 nll.append(torch.stack([mdlm[-1] + scale_N * (z - log_v_NG[:, 0]) for z in log_z_CN], -1))
             else:
                 nll.append(mdlm[-1][:, None])
@@ -207,28 +216,29 @@ def likelihood_terms(
     return LikelihoodTerms(t_BJ, mdlm_BJ, *(x.view(*t_BJ.shape, -1) for x in (nll_PC, ess_PC)), scored_BL.sum(-1))
 
 
-def log_mean_ratio(log_v_NG: torch.Tensor, log_w_NK: torch.Tensor, k: int, counters: tuple) -> torch.Tensor:
+def log_mean_ratio(log_v_NG: torch.Tensor, log_w_NHK: torch.Tensor, k: int, counters: tuple) -> torch.Tensor:
     """log of the mean of k v / (v + w_2 + ... + w_k), over the completions v and random subsets of the pool w.
 
     Each ratio is an unbiased estimate of p_k(x) / mu(x), so the mean is; its logarithm is on average too small.
 
     Args:
-        log_v_NG: log weights of the data's candidate with each completion. log_w_NK: of at least k - 1 proposals.
+        log_v_NG: log weights of the data's candidate with each completion. log_w_NHK: of at least k - 1 proposals; H is
+            1, or G where each completion has its own.
         counters: (seed, row_N, draw_N), of the subsets.
     Returns:
         (N,) float64, at most log k; zero for k = 1.
     """
     if k == 1:
         return torch.zeros(len(log_v_NG), dtype=torch.float64)
-    seed, row_N, draw_N = counters
-    K = log_w_NK.shape[1]
+    (seed, row_N, draw_N), (_, H, K) = counters, log_w_NHK.shape
     num_blocks = K // (k - 1)  # disjoint subsets of one permutation
     permutation_Q1 = torch.arange(-(-NUM_SUBSETS // num_blocks))[:, None]
     u_NQK = uniforms(seed, SUBSET, row_N[:, None, None], draw_N[:, None, None], permutation_Q1, torch.arange(K))
     order_NX = u_NQK.argsort(-1)[..., : num_blocks * (k - 1)].flatten(1)
-    log_sum_NR = log_w_NK.gather(1, order_NX).unflatten(1, (-1, k - 1)).logsumexp(-1)
+    log_w_NHX = log_w_NHK.gather(-1, order_NX[:, None].expand(-1, H, -1))
+    log_sum_NHR = log_w_NHX.unflatten(-1, (-1, k - 1)).logsumexp(-1)
     log_v_NG1 = log_v_NG[..., None]
-    log_ratio_NX = (math.log(k) + log_v_NG1 - torch.logaddexp(log_v_NG1, log_sum_NR[:, None])).flatten(1)
+    log_ratio_NX = (math.log(k) + log_v_NG1 - torch.logaddexp(log_v_NG1, log_sum_NHR)).flatten(1)
     return log_ratio_NX.logsumexp(-1) - math.log(log_ratio_NX.shape[1])
 
 
@@ -252,9 +262,9 @@ def mean_and_stderr(x_BJ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     too small.
     """
     J = x_BJ.shape[1]
-    return x_BJ.mean(-1), (x_BJ.diff(dim=-1).square().sum(-1) / (2 * (J - 1) * J)).sqrt() if J > 1 else x_BJ[
-        :, 0
-    ] * float("nan")
+    if J == 1:
+        return x_BJ[:, 0], torch.full_like(x_BJ[:, 0], float("nan"))
+    return x_BJ.mean(-1), (x_BJ.diff(dim=-1).square().sum(-1) / (2 * J * (J - 1))).sqrt()
 
 
 @torch.no_grad()
@@ -323,35 +333,42 @@ def _moments(scored_NL: torch.Tensor, counters: tuple, num_draws: int, num_steps
 
 
 def _weigh(model, x0_NL, attention_mask, moments: tuple, counts: tuple, counters: tuple, energy_batch_size):
-    """Mean over M of log mu_i(x0_i | xt), (N,); log weights of the data's candidate (N, G) and of proposals (N, K).
+    """Mean over M of log mu_i(x0_i | xt), (N,); log weights of the data's candidate (N, G) and of proposals (N, H, K).
 
-    The data's candidate has x0 where something is shown, and G draws of the rest. The weights are those of temperature
-    1, and 1 for all candidates of the rows that are not active. Float64, on the CPU.
+    The data's candidate has x0 where something is shown, and G draws of the rest. H is 1, or G with shared completions:
+    then each of the draws goes with K proposals of its own, which differ only in what is shown. The weights are those
+    of temperature 1, and 1 for all candidates of the rows that are not active. Float64, on the CPU.
     """
-    (N, L), device = x0_NL.shape, x0_NL.device
-    (K, G), (seed, row_N, draw_N) = counts, counters
+    (N, L), device, (seed, row_N, draw_N) = x0_NL.shape, x0_NL.device, counters
     t_N, time_N, masked_NL, shown_NL, active_N = moments
+    K, G, is_shared = counts
+    column_X = torch.arange(G * (K + 1) if is_shared else K + G)
+    data_G = column_X[:: K + 1] if is_shared else column_X[K:]  # columns of the data's candidate
+    shared_X = column_X // (K + 1) * (K + 1) if is_shared else column_X  # the columns of a group have one completion
     filled_NL = (masked_NL if model.config.energy_target == "x0" else shown_NL) & active_N[:, None]
     xt_NL = x0_NL.masked_fill(masked_NL.to(device), model.config.mask_token_id)
-    log_mu_P = torch.zeros(N * L, device=device)  # P = N * L
-    x_PX, log_mu_PX = xt_NL.flatten()[:, None].repeat(1, K + G), torch.zeros(N * L, K + G, device=device)
+    log_mu_P, filled_P, shown_P = (
+        torch.zeros(N * L, device=device),
+        filled_NL.flatten(),
+        shown_NL.flatten(),
+    )  # P = N * L
+    x_PX, log_mu_PX = (
+        xt_NL.flatten()[:, None].repeat(1, len(column_X)),
+        torch.zeros(N * L, len(column_X), device=device),
+    )
     for chunk_M, log_mu_MV in model.denoiser.log_mu_chunks(xt_NL, masked_NL, t_N.float().to(device), attention_mask):
         log_mu_P[chunk_M] = log_mu_MV.gather(-1, x0_NL.flatten()[chunk_M, None])[:, 0]
-        is_filled_M = filled_NL.flatten().to(device)[chunk_M]
+        is_filled_M = filled_P.to(device)[chunk_M]
         chunk_M = chunk_M[is_filled_M]
-        place_M = (chunk_M // L)[:, None], (chunk_M % L)[:, None]
-        u_MX = uniforms(
-            seed,
-            PROPOSE,
-            row_N.to(device)[place_M[0]],
-            draw_N.to(device)[place_M[0]],
-            place_M[1],
-            torch.arange(K + G, device=device),
-        )
+        here_M = chunk_M.cpu()
+        place_M = row_N[here_M // L, None], draw_N[here_M // L, None], here_M[:, None] % L
+        place_M += (torch.where(shown_P[here_M, None], column_X, shared_X),)
+        u_MX = uniforms(seed, PROPOSE, *(place.to(device) for place in place_M))
         x_PX[chunk_M], log_mu_PX[chunk_M] = draw(log_mu_MV[is_filled_M], u_MX)
-    x0_P, is_data_P = x0_NL.flatten(), (shown_NL & active_N[:, None]).flatten().to(device)
-    x_PX[is_data_P, K:], log_mu_PX[is_data_P, K:] = x0_P[is_data_P, None], log_mu_P[is_data_P, None]
-    log_w_NX = torch.zeros(N, K + G, dtype=torch.float64)
+    is_data_P1, is_data_X = (filled_P & shown_P)[:, None].to(device), torch.isin(column_X, data_G).to(device)
+    x_PX = torch.where(is_data_P1 & is_data_X, x0_NL.flatten()[:, None], x_PX)
+    log_mu_PX = torch.where(is_data_P1 & is_data_X, log_mu_P[:, None], log_mu_PX)
+    log_w_NX = torch.zeros(N, len(column_X), dtype=torch.float64)
     if len(rows_A := active_N.nonzero()[:, 0]):
         on_A = rows_A.to(device)
         energy_AX = candidate_energies(
@@ -365,7 +382,8 @@ def _weigh(model, x0_NL, attention_mask, moments: tuple, counts: tuple, counters
         )
         log_w_NX[rows_A] = -energy_AX.cpu().double()
     mean_log_mu_N = log_mu_P.view(N, L).double().sum(-1).cpu() / masked_NL.sum(-1)
-    return mean_log_mu_N, log_w_NX[:, K:], log_w_NX[:, :K]
+    proposals_NHK = log_w_NX.view(N, G, K + 1)[..., 1:] if is_shared else log_w_NX[:, None, :K]
+    return mean_log_mu_N, log_w_NX[:, data_G], proposals_NHK
 
 
 def _scored(model, input_ids, attention_mask, prompt_mask) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -134,6 +134,7 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMi
         t=None,
         attention_mask: torch.Tensor | None = None,
         temperature: float = 1.0,
+        varied_NL: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """K independent draws from mu(. | xt) at `where`, all from one pass; only these positions are projected.
 
@@ -141,6 +142,7 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMi
             xt_NL: states. where_NL: bool on the CPU, what to fill.
             seed, rows_N, step: with the position and the candidate, the counters of the uniforms.
             temperature: of the logits; mu is what results.
+            varied_NL: bool on the CPU, where the candidates differ; elsewhere all have the first one's draw. None: all.
         Returns:
             x (N, K, L), xt with the drawn values in place, and log mu of what was drawn, (N, K) float32.
         """
@@ -150,7 +152,10 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMi
         log_mu_PK = torch.zeros(N * L, K, device=device)
         for chunk_M, log_mu_MV in self.log_mu_chunks(xt_NL, where_NL, t, attention_mask, temperature):
             place_M = rows_N[chunk_M // L, None], step, (chunk_M % L)[:, None]
-            u_MK = uniforms(seed, *place_M, torch.arange(K, device=device))
+            candidate_MK = torch.arange(K, device=device)
+            if varied_NL is not None:  # the same uniform is the same draw
+                candidate_MK = candidate_MK * varied_NL.to(device).flatten()[chunk_M, None]
+            u_MK = uniforms(seed, *place_M, candidate_MK)
             x_PK[chunk_M], log_mu_PK[chunk_M] = draw(log_mu_MV, u_MK)
         # summed row by row, not scattered with atomics: the same seed gives the same bits
         return x_PK.view(N, L, K).transpose(1, 2), log_mu_PK.view(N, L, K).sum(1)

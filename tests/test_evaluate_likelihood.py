@@ -359,8 +359,10 @@ def test_files_and_tables(whole, capsys):
     printed = capsys.readouterr().out
     assert printed == evaluate_likelihood.table(results) + "\n"
     row = next(row for row in rows if row["energy"] == "step" and row["num_candidates"] == 3)
-    cell = f"{row['bits_per_character']['mean']:.3f} +- {row['bits_per_character']['stderr']:.3f} (gain "
-    assert f"| EDLM step, k=3 | {cell}" in printed and "EDLM step, k=3, tau=2 |" in printed
+    for name, spec, sign in (("bits_per_character", ".3f", ""), ("gain", ".4f", "+")):
+        cell = f"{row[name]['mean']:{sign}{spec}} +- {row[name]['stderr']:{spec}}"
+        assert f"| EDLM step, k=3 | {cell} |" in printed
+    assert "EDLM step, k=3, tau=2 |" in printed
 
 
 def test_without_an_energy(folders, tmp_path, capsys):

@@ -85,6 +85,27 @@ def test_more_candidates_approach_the_edlm_posterior():
     assert p_value(sequences, law) > ALPHA
 
 
+@pytest.mark.parametrize("energy_type", ["nce", "ar", "coar"])
+def test_shared_completions(energy_type):
+    """The candidates differ only in what is revealed: the law is the mean over completions of the law given one."""
+    model = make_toy(energy_type)
+    options = {"num_steps": 2, "num_candidates": 3, "energy_window": (1, 0)}
+    sequences = sample(model, shared_completion=True, **options)
+    assert p_value(sequences, chain_law(model, FREE, 2, 3, shared=True)) > ALPHA
+    assert p_value(sequences, chain_law(model, FREE, 2, 3)) < ALPHA
+
+
+def test_temperature_of_the_proposal():
+    """The proposal's logits are divided, and what results is the mu that the energy corrects."""
+    model, tempered = make_toy("ar"), make_toy("ar")
+    for parameter in tempered.denoiser.head.linear.parameters():
+        parameter.data /= 0.6
+    for k in (1, 3):
+        sequences = sample(model, num_steps=2, num_candidates=k, energy_window=(1, 0), temperature=0.6)
+        assert p_value(sequences, chain_law(tempered, FREE, 2, k)) > ALPHA
+        assert p_value(sequences, chain_law(model, FREE, 2, k)) < ALPHA
+
+
 def test_energy_temperature():
     """tau divides the energy: the law is that of E / tau."""
     model = make_toy("nce")

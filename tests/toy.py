@@ -74,7 +74,20 @@ def law_p_k(log_mu_C: torch.Tensor, energy_C: torch.Tensor, k: int) -> torch.Ten
     return k * mu * w * integral
 
 
-def chain_law(model, start: tuple, num_steps: int, k: int, window=(1.0, 0.0), law=law_p_k) -> dict[tuple, float]:
+def law_shared(model, state: tuple, now: tuple, t: float, s: float, k: int, tau: float = 1.0) -> torch.Tensor:
+    """Law of the completions of `now` where all candidates share one draw of the other masked positions."""
+    rest = tuple(p for p, v in enumerate(state) if v == MASK and p not in now)
+    log_mu_C, total = log_mu(model, state, t, now), 0.0
+    rest_weights = log_mu(model, state, t, rest).exp().tolist() if rest else [1.0]
+    for completion, p in zip(completions(state, rest), rest_weights, strict=True):
+        candidates = completions(completion, now)
+        total = total + p * law_p_k(log_mu_C, exact_energy(model, candidates, state, t, s) / tau, k)
+    return total
+
+
+def chain_law(
+    model, start: tuple, num_steps: int, k: int, window=(1.0, 0.0), law=law_p_k, shared=False
+) -> dict[tuple, float]:
     """Exact distribution of what the sampler returns from `start`, by dynamic programming over the states."""
     dist, target = {start: 1.0}, model.config.energy_target
     for i in range(num_steps):
@@ -88,11 +101,13 @@ def chain_law(model, start: tuple, num_steps: int, k: int, window=(1.0, 0.0), la
                     p_now = reveal ** len(now) * (1 - reveal) ** (len(masked) - len(now))
                     if p_now == 0:
                         continue
-                    filled = masked if active and target == "x0" else now
+                    filled = masked if active and target == "x0" and not shared else now
                     log_mu_C = log_mu(model, state, t, filled) if filled else torch.zeros(1, dtype=torch.float64)
                     candidates = completions(state, filled)
                     p_C = log_mu_C.exp()
-                    if active and now:
+                    if active and now and shared:
+                        p_C = law_shared(model, state, now, t, s, k)
+                    elif active and now:
                         energy_C = exact_energy(model, candidates, state, t, s)
                         p_C = law(log_mu_C, energy_C, k)
                     for x, p in zip(candidates, p_C.tolist(), strict=True):
@@ -133,7 +148,9 @@ def total_variation(p: dict, q: dict) -> float:
     return sum(abs(p.get(x, 0.0) - q.get(x, 0.0)) for x in p.keys() | q.keys()) / 2
 
 
-def path_bounds(model, texts: list[tuple], num_steps: int, k: int, window=(1.0, 0.0), tau: float = 1.0) -> torch.Tensor:
+def path_bounds(
+    model, texts: list[tuple], num_steps: int, k: int, window=(1.0, 0.0), tau: float = 1.0, shared=False
+) -> torch.Tensor:
     """For each text, the sum over the steps of E[-log p_k(x0_S | xt)] in nats, xt and S as the sampler draws them: the
     bound on -log p(x0) that `likelihood` tends to as its inner samples grow."""
 
@@ -143,6 +160,8 @@ def path_bounds(model, texts: list[tuple], num_steps: int, k: int, window=(1.0, 
         log_mu_C = log_mu(model, state, t, filled)
         if not active:
             return log_mu_C.exp()
+        if shared:
+            return law_shared(model, state, filled, t, s, k, tau)
         return law_p_k(log_mu_C, exact_energy(model, completions(state, filled), state, t, s) / tau, k)
 
     totals = []
@@ -155,7 +174,7 @@ def path_bounds(model, texts: list[tuple], num_steps: int, k: int, window=(1.0, 
             for now in subsets(masked)[1:]:
                 p = (t - s) ** len(now) * s ** (len(masked) - len(now)) * (1 - t) ** (len(x0) - len(masked))
                 if p > 0:
-                    filled = masked if active and model.config.energy_target == "x0" else now
+                    filled = masked if active and model.config.energy_target == "x0" and not shared else now
                     hits = [all(x[j] == x0[j] for j in now) for x in completions(state, filled)]
                     total -= p * math.log(float(law(state, filled, i, active)[torch.tensor(hits)].sum()))
         totals.append(total)

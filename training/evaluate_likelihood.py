@@ -50,9 +50,13 @@ from .report import PUBLIC_DATA
 from .trainer import fingerprint, parse_arguments
 
 NUM_BUCKETS = 5  # of t
+COMPLETIONS = ("independent", "shared")
+SHARED = ", shared"  # behind the name of an energy whose candidates share a completion
 CODE = ("backbone", "energy", "likelihood", "modeling_edlm", "sampler", "schedule")  # what the numbers come from
 NOT_RECORDED = {"out", "cache_dir", "num_threads", "from_json"}
-LEAST = dict.fromkeys(("num_samples", "num_times", "num_times_plain", "batch_size", "energy_batch_size", "chunk"), 1)
+LEAST = dict.fromkeys(
+    ("num_samples", "num_shared_samples", "num_times", "num_times_plain", "batch_size", "energy_batch_size", "chunk"), 1
+)
 LEAST |= {"num_sequences": 0, "num_threads": 0}
 NOTES = {
     "bits": "sums of bits over sums of units; stderr over sequences, that of a ratio; all rows have the same sequences",
@@ -82,6 +86,8 @@ class LikelihoodArguments:
     energy_temperatures: str = field(default="1", metadata={"help": "tau, with commas between"})
     window_low: float = field(default=0.0, metadata={"help": "the energy acts at t in [this, 1]"})
     num_samples: int = field(default=16, metadata={"help": "inner samples: completions, and proposals at least"})
+    completions: str = field(default="independent", metadata={"help": "independent (the paper's), shared, or both"})
+    num_shared_samples: int = field(default=4, metadata={"help": "shared completions, each with its own candidates"})
     num_times: int = field(default=1, metadata={"help": "draws (t, xt) for each sequence, with an energy"})
     num_times_plain: int = field(default=16, metadata={"help": "the same for bounds without one, which are cheap"})
     mixed_precision: str = field(default="no", metadata={"help": "no or bf16"})
@@ -109,6 +115,8 @@ class LikelihoodArguments:
             raise ValueError(f"mixed_precision must be no or bf16, got {self.mixed_precision!r}")
         if not self.listed("estimators") or not set(self.listed("estimators")) <= set(ESTIMATORS):
             raise ValueError(f"estimators must be of {ESTIMATORS}, with commas between, got {self.estimators!r}")
+        if not self.listed("completions") or not set(self.listed("completions")) <= set(COMPLETIONS):
+            raise ValueError(f"completions must be of {COMPLETIONS}, with commas between, got {self.completions!r}")
         if "paper" in self.listed("estimators") and self.num_samples < 2:
             raise ValueError(f"num_samples must be at least 2 for the estimator 'paper', got {self.num_samples}")
         if not 0 <= self.window_low <= 1:
@@ -228,10 +236,15 @@ class Job:
     estimator: str
     label: str
     num_steps: int | None = None
+    is_shared: bool = False
+
+    @property
+    def energy(self) -> str:
+        return self.label + SHARED * self.is_shared
 
 
 def jobs(arguments: LikelihoodArguments, networks: Networks) -> list[Job]:
-    """The cheap ones first. MDLM comes from the draws of the first energy, or from the denoiser where none acts."""
+    """The cheap ones first; MDLM at a number of steps before the energies, whose gains are taken off it."""
     estimators, todo = arguments.listed("estimators"), []
     if arguments.ar:
         todo.append(Job("ar", "AR"))
@@ -242,7 +255,14 @@ def jobs(arguments: LikelihoodArguments, networks: Networks) -> list[Job]:
     if "sampler" in estimators:
         labels = ["mdlm", *(networks.variants if arguments.settings() else [])]
         steps = sorted(arguments.listed("num_steps", int))
-        todo += [Job("sampler", name, num_steps) for num_steps in steps for name in labels]
+        shared = [name for name in labels[1:] if networks.variants[name].config.energy_target == "x0"]
+        for num_steps in steps:
+            if "independent" in arguments.listed("completions"):
+                todo += [Job("sampler", name, num_steps) for name in labels]
+            else:
+                todo.append(Job("sampler", "mdlm", num_steps))
+            if "shared" in arguments.listed("completions"):
+                todo += [Job("sampler", name, num_steps, is_shared=True) for name in shared]
     return todo
 
 
@@ -274,7 +294,7 @@ class Parts:
                     made_from = [code, precision, networks.weights[job.label], fingerprint(rows_BL), first]
                     made_from += [asdict(job), self.options(job)]
                     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:20]
-                    names = [text.name, job.estimator, job.label, f"T{job.num_steps}" if job.num_steps else "", first]
+                    names = [text.name, job.estimator, job.energy, f"T{job.num_steps}" if job.num_steps else "", first]
                     name = re.sub(r"[^\w.-]", "-", "-".join(str(part) for part in names if part != ""))
                     self.todo.append((text, job, first, self.folder / f"{name}-{first + len(rows_BL) - 1}.{key}.npz"))
 
@@ -289,6 +309,8 @@ class Parts:
         if job.estimator != "sampler":
             return options
         options["settings"] = arguments.settings() if has_energy else [(1, 1.0)]
+        if job.is_shared:
+            options |= {"shared_completion": True, "num_samples": arguments.num_shared_samples}
         return options | {"num_steps": job.num_steps, "energy_window": (1.0, arguments.window_low)}
 
     def make(self, text: Text, job: Job, first: int, path: Path) -> None:
@@ -399,7 +421,7 @@ def measure(text: Text, parts: Parts) -> dict:
 
     def cost(name, num_steps, k):
         row = passes(num_steps, k, arguments.window_low, text.x0_BL.shape[1])
-        extra = row["energy_passes"] * pass_cost(networks.variants[name]) if name else 0.0
+        extra = row["energy_passes"] * pass_cost(networks.variants[name.removesuffix(SHARED)]) if name else 0.0
         return row | {"denoiser_equivalent_passes": row["denoiser_passes"] + extra}
 
     for job in jobs(arguments, networks):
@@ -419,7 +441,7 @@ def measure(text: Text, parts: Parts) -> dict:
                 more = {"gain": ratio(gain_BJ.mean(-1), units["token"]), "ess": mean_ess(ess_BJ)}
                 more["by_time"] = by_time(arrays["t_BJ"], gain_BJ, ess_BJ, units["token"])
                 bits_B = bits[None, job.num_steps, 1, None] - gain_BJ.mean(-1)  # MDLM has more draws: less noise
-                add_sampler(bits_B, seconds, job.label, job.num_steps, *setting, **more)
+                add_sampler(bits_B, seconds, job.energy, job.num_steps, *setting, **more)
     double = []
     for (energy, T, k, tau), bits_B in bits.items():
         if energy and (None, 2 * T, 1, None) in bits:
@@ -454,9 +476,14 @@ def name_of(row: dict) -> str:
     return f"EDLM {row['energy']}, k={row['num_candidates']}" + (f", tau={tau:g}" if tau != 1 else "")
 
 
-def number(value: dict, scale: float = 1.0, sign: str = "") -> str:
-    stderr = "" if value["stderr"] is None else f" +- {scale * value['stderr']:.3f}"
-    return f"{scale * value['mean']:{sign}.3f}{stderr}"
+def number(value: dict, scale: float = 1.0, spec: str = ".3f") -> str:
+    stderr = "" if value["stderr"] is None else f" +- {scale * value['stderr']:{spec.lstrip('+')}}"
+    return f"{scale * value['mean']:{spec}}{stderr}"
+
+
+def small(name: str, scale: float) -> Callable[[dict], str]:
+    """A cell with four digits and a sign, for differences."""
+    return lambda row: number(row[name], scale, "+.4f")
 
 
 def grid(rows: list[dict], cell: Callable[[dict], str]) -> tuple[list[int], dict[str, dict[int, str]]]:
@@ -482,13 +509,17 @@ def table(results: dict) -> str:
         caption = "{name}: {num_sequences} sequences of {length} tokens, {characters} characters; ".format(**data)
         caption += f"{results['device_name']}, precision {results['precision']}, +- one standard error over sequences."
 
-        def bits(row, scale=per_character):
-            gain = "" if row["gain"] is None else f" (gain {number(row['gain'], scale)})"
-            return number(row["bits_per_character"]) + gain
-
         blocks.append(caption)
         if rows := [row for row in data["rows"] if row["estimator"] == "sampler"]:
-            blocks.append(markdown(rows, bits, "bits per character, at most"))
+            blocks.append(markdown(rows, lambda row: number(row["bits_per_character"]), "bits per character, at most"))
+        if acting := [row for row in rows if row["gain"]]:
+            blocks.append(
+                markdown(acting, small("gain", per_character), "gain over MDLM at the same T, bits per character")
+            )
+            ess = markdown(
+                acting, lambda row: "" if row["ess"] is None else f"{row['ess']:.2f}", "ESS of the k weights"
+            )
+            blocks.append(ess)
         names = {"ar": "AR, exact", "mdlm": "MDLM in continuous time, at most"}
         rows = [row for row in data["rows"] if row["estimator"] != "sampler"]
         lines = ["| other estimates | bits per character |", "| --- | ---: |"] if rows else []
@@ -498,9 +529,7 @@ def table(results: dict) -> str:
         blocks += ["\n".join(lines)] if rows else []
         if data["versus_double"]:
             head = "EDLM at T minus MDLM at 2T, bits per character"
-            blocks.append(
-                markdown(data["versus_double"], lambda row, s=per_character: number(row["difference"], s, "+"), head)
-            )
+            blocks.append(markdown(data["versus_double"], small("difference", per_character), head))
     return "\n\n".join(blocks)
 
 
