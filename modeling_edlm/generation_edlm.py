@@ -197,8 +197,9 @@ class EDLMGenerationMixin:
     def _resample(self, state: "State", now_NL, masked_NL, config):
         """Keep one of K candidates: x (N, L), its energy (N,) and the effective sample size (N,)."""
         is_x0 = self.config.energy_target == "x0"  # a step energy sees only what this step reveals
+        varied_NL = now_NL if config.shared_completion else None
         x_NKL, log_mu_NK = self._propose(
-            state, masked_NL if is_x0 else now_NL, config.num_candidates, config.temperature
+            state, masked_NL if is_x0 else now_NL, config.num_candidates, config.temperature, varied_NL
         )
         energy_NK = candidate_energies(
             self.energy,

@@ -189,6 +189,24 @@ def test_other_estimators(whole, variants, x0):
     assert not rows
 
 
+def test_shared_completions(folders, variants, x0, tmp_path):
+    """Rows of their own, equal to a direct call; a step energy has no completion to share."""
+    run = options(folders, tmp_path / "a.json", estimators="sampler", completions="shared", num_shared_samples=2)
+    evaluate_likelihood.main(run)
+    rows = [row for row in results_of(tmp_path / "a.json")["data"][0]["rows"] if row["energy"]]
+    assert {row["energy"] for row in rows} == {"nce, shared", "coar, shared"}
+    same = {"energy_window": (1.0, 0.0), "settings": SETTINGS, "shared_completion": True} | LIKELIHOOD_OPTIONS
+    for row in rows:
+        model = variants[row["energy"].removesuffix(", shared")]
+        terms = likelihood_terms(model, x0, num_steps=row["num_steps"], **same | {"num_samples": 2})
+        nll_BJ = terms.nll_BJC[..., SETTINGS.index((row["num_candidates"], row["energy_temperature"]))]
+        assert_close(row["gain"], summary((terms.mdlm_BJ - nll_BJ).mean(-1)))
+    evaluate_likelihood.main(options(folders, tmp_path / "b.json", estimators="sampler", only="step"))
+    assert {row["energy"] for row in results_of(tmp_path / "b.json")["data"][0]["rows"]} == {None, "step"}
+    with pytest.raises(ValueError, match="only must name energies"):
+        evaluate_likelihood.main(options(folders, tmp_path / "c.json", only="ar"))
+
+
 def test_exact_nll_in_pieces_is_whole(variants, x0, monkeypatch):
     """Few rows at a time, as with a large vocabulary."""
     whole = evaluate_likelihood.exact_nll(variants["coar"], x0, 6)

@@ -19,7 +19,7 @@ METRICS = (
     "energy_distance ngram_divergence repetition_rate real_word_share first_text"
 ).split()
 COSTS = "nfe energy_nfe equivalent_passes seconds_per_sample rows_per_batch ess".split()
-SETTING = "sampler network num_steps num_candidates window_low temperature scorer_is_own".split()
+SETTING = "sampler network num_steps num_candidates window_low shared_completion temperature scorer_is_own".split()
 
 
 def causal(seed):
@@ -61,6 +61,7 @@ def command(root, out, *more, scorer="scorer"):
 def out(root):
     out = root / "results" / "all.json"
     others = ["--energies", f"coar={root / 'energy'}", "--ar", root / "gpt2", "--mdlm_num_steps", "2,4,8"]
+    others += ["--completions", "independent,shared"]
     evaluate_samples.main(command(root, out, *others, "--rerank", "2", "--ranker", root / "ranker"))
     return out
 
@@ -69,7 +70,7 @@ def test_every_setting_is_measured(out):
     results = json.loads(out.read_text())
     rows = results["rows"]
     names = ["AR", "MDLM", "MDLM, best of 2"]
-    names += [f"EDLM {name}, k=3, t in [0.8, 1]" for name in ("nce", "coar")]
+    names += [f"EDLM {name}{c}, k=3, t in [0.8, 1]" for name in ("nce", "coar") for c in ("", ", shared")]
     assert [evaluate_samples.label(row) for row in rows] == [
         *[names[0]] * 3,
         *[names[1]] * 9,
@@ -113,7 +114,7 @@ def test_the_best_of_two_has_more_probability(out, root):
     )
     networks = evaluate_samples.Networks(arguments)
     setting = {"sampler": "best of k", "network": "ranker", "num_steps": 2, "num_candidates": 2}
-    setting |= {"window_low": None, "temperature": 1.0}
+    setting |= {"window_low": None, "shared_completion": False, "temperature": 1.0}
     best_BL, cost = evaluate_samples.sample(setting, networks, arguments)
     assert cost["rows_per_batch"] == 2
     pool = networks.denoiser.generate(batch_size=16, num_steps=2, num_candidates=1, seed=0)
@@ -131,7 +132,7 @@ def test_the_autoregressive_baseline_goes_on_behind_an_eos_and_obeys_the_tempera
     law = torch.log_softmax(networks.ar(torch.tensor([[MASK]])).logits[0, -1, :MASK].double(), -1)
     for temperature in (1.0, 0.05):
         x_BL, _ = evaluate_samples.sample(
-            setting | {"window_low": None, "temperature": temperature}, networks, arguments
+            setting | {"window_low": None, "shared_completion": False, "temperature": temperature}, networks, arguments
         )
         assert x_BL.shape == (300, LENGTH) and (x_BL[:, :-1] == 0).any()  # 0 is the EOS
         frequencies = torch.bincount(x_BL[:, 0], minlength=MASK) / 300
@@ -148,6 +149,7 @@ def test_a_killed_command_goes_on(out, root, capsys, monkeypatch):
     sample = evaluate_samples.sample
     monkeypatch.setattr(evaluate_samples, "sample", lambda *a: measured.append(a[0]) or sample(*a))
     others = ["--energies", f"coar={root / 'energy'}", "--ar", root / "gpt2", "--mdlm_num_steps", "2,4,8"]
+    others += ["--completions", "independent,shared"]
     others += ["--rerank", "2", "--ranker", root / "ranker"]
     evaluate_samples.main(command(root, again, *others))
     assert [row["num_steps"] for row in measured] == [4, 4]
@@ -259,6 +261,7 @@ def test_matched_entropy_is_on_the_line_between_two_temperatures():
         ("num_steps", "two"),
         ("num_candidates", "0"),
         ("window_lows", "1.5"),
+        ("completions", "shared,none"),
         ("temperatures", "-1.0"),
         ("energies", "lstm=folder"),
         ("rerank", "1"),

@@ -5,7 +5,18 @@ import itertools
 
 import pytest
 import torch
-from toy import MASK, chain_law, completions, exact_energy, law_p_k, log_mu, make_toy, p_value, total_variation
+from toy import (
+    MASK,
+    chain_law,
+    completions,
+    exact_energy,
+    law_p_k,
+    log_mu,
+    make_broad_toy,
+    make_toy,
+    p_value,
+    total_variation,
+)
 
 from modeling_edlm import EDLMForMaskedLM, EDLMGenerationConfig, EDLMModel
 
@@ -88,7 +99,7 @@ def test_more_candidates_approach_the_edlm_posterior():
 @pytest.mark.parametrize("energy_type", ["nce", "ar", "coar"])
 def test_shared_completions(energy_type):
     """The candidates differ only in what is revealed: the law is the mean over completions of the law given one."""
-    model = make_toy(energy_type)
+    model = make_broad_toy(energy_type)
     options = {"num_steps": 2, "num_candidates": 3, "energy_window": (1, 0)}
     sequences = sample(model, shared_completion=True, **options)
     assert p_value(sequences, chain_law(model, FREE, 2, 3, shared=True)) > ALPHA

@@ -40,6 +40,13 @@ def make_toy(energy_type="nce", energy_target="x0", length=3, seed=0, **changes)
     return model.eval()
 
 
+def make_broad_toy(energy_type: str) -> EDLMModel:
+    """A toy with a broad proposal, where it matters whether candidates share the completion of what is not revealed."""
+    model = make_toy(energy_type, seed=3 if energy_type == "nce" else 5)
+    model.denoiser.head.linear.weight.data *= 0.3
+    return model
+
+
 def completions(state: tuple, positions: tuple) -> list[tuple]:
     """All ways to fill `positions` of a state."""
     filled = []
@@ -66,12 +73,14 @@ def law_p_k(log_mu_C: torch.Tensor, energy_C: torch.Tensor, k: int) -> torch.Ten
     with phi(a) = E_mu[exp(-a w)]. With a = exp(u) the trapezoid rule converges geometrically.
     """
     mu, w = log_mu_C.exp(), torch.exp(-energy_C.double() + energy_C.min())
-    u = torch.linspace(-60, 60, 24001, dtype=torch.float64)
+    u = torch.arange(-60, 60 + float(energy_C.max() - energy_C.min()), 0.005, dtype=torch.float64)  # to the least w
     a = u.exp()
     decay = torch.exp(-a[:, None] * w)
     phi = decay @ mu
     integral = ((a * phi ** (k - 1))[:, None] * decay).sum(0) * (u[1] - u[0])
-    return k * mu * w * integral
+    p_C = k * mu * w * integral
+    assert abs(float(p_C.sum()) - 1) < 1e-4
+    return p_C
 
 
 def law_shared(model, state: tuple, now: tuple, t: float, s: float, k: int, tau: float = 1.0) -> torch.Tensor:

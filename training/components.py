@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from modeling_edlm import EDLMEnergyModel, EDLMForMaskedLM, EDLMModel
 
 KINDS = ("ar", "coar", "nce")
+COMPLETIONS = ("independent", "shared")  # of the candidates of a step
 
 
 def load_variants(model_folder: str, items: list[str]) -> dict[str, EDLMModel]:

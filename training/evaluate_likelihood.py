@@ -43,14 +43,13 @@ from modeling_edlm.likelihood import ESTIMATORS, likelihood_terms
 from modeling_edlm.schedule import times
 
 from .bench import machine
-from .components import body_parameters, load_variants, pass_cost, with_energy
+from .components import COMPLETIONS, body_parameters, load_variants, pass_cost, with_energy
 from .data import PackedTokens, tokenize
 from .pretrain import ar_loss
 from .report import PUBLIC_DATA
 from .trainer import fingerprint, parse_arguments
 
 NUM_BUCKETS = 5  # of t
-COMPLETIONS = ("independent", "shared")
 SHARED = ", shared"  # behind the name of an energy whose candidates share a completion
 CODE = ("backbone", "energy", "likelihood", "modeling_edlm", "sampler", "schedule")  # what the numbers come from
 NOT_RECORDED = {"out", "cache_dir", "num_threads", "from_json"}
@@ -75,6 +74,9 @@ NOTES = {
 class LikelihoodArguments:
     model: str = field(default="", metadata={"help": "folder or repo of the model or denoiser, with its tokenizer"})
     energies: str = field(default="", metadata={"help": "more energies, e.g. coar=FOLDER,nce=FOLDER"})
+    only: str = field(
+        default="", metadata={"help": "names of the energies to measure; default: all, the model's own too"}
+    )
     ar: str = field(default="", metadata={"help": "autoregressive model for the exact AR row; same token ids"})
     data: str = field(default="", metadata={"help": "files, folders or Hub data sets, with commas between"})
     split: str = "test"
@@ -197,6 +199,9 @@ class Networks:
 
     def __init__(self, arguments: LikelihoodArguments, device: torch.device):
         self.variants = load_variants(arguments.model, arguments.listed("energies"))
+        if unknown := set(only := arguments.listed("only")) - self.variants.keys():
+            raise ValueError(f"only must name energies of {list(self.variants)}, got {sorted(unknown)}")
+        self.variants = {name: model for name, model in self.variants.items() if not only or name in only}
         # without any energy the denoiser stands alone
         variant = next(iter(self.variants.values()), None)
         alone = None if variant else EDLMForMaskedLM.from_pretrained(arguments.model, dtype=torch.float32)

@@ -32,7 +32,7 @@ from modeling_edlm.energy import causal_log_prob
 
 from . import metrics
 from .bench import machine
-from .components import KINDS, body_parameters, with_energy
+from .components import COMPLETIONS, KINDS, body_parameters, with_energy
 from .components import label as energy_name
 from .data import PackedTokens, tokenize
 from .report import PUBLIC_DATA
@@ -62,6 +62,7 @@ class SampleArguments:
     mdlm_num_steps: str = field(default="", metadata={"help": "T of MDLM, whose steps cost less; default: num_steps"})
     num_candidates: str = field(default="1,8", metadata={"help": "k, with commas between; 1 is MDLM"})
     window_lows: str = field(default="0.8", metadata={"help": "the energy acts at t in [this, 1]"})
+    completions: str = field(default="independent", metadata={"help": "of candidates: independent, shared, or both"})
     temperatures: str = field(default="1.0", metadata={"help": "of the proposal, with commas between"})
     energies: str = field(default="", metadata={"help": "more energies, e.g. coar=FOLDER,nce=FOLDER"})
     ar: str = field(default="", metadata={"help": "autoregressive baseline: any causal LM with the same token ids"})
@@ -94,6 +95,8 @@ class SampleArguments:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
         if not all(0 <= low <= 1 for low in self.listed("window_lows", float)):
             raise ValueError(f"window_lows must lie in [0, 1], got {self.window_lows!r}")
+        if not set(self.listed("completions", str)) <= set(COMPLETIONS):
+            raise ValueError(f"completions must be of {COMPLETIONS}, with commas between, got {self.completions!r}")
         for temperature in self.listed("temperatures", float):
             EDLMGenerationConfig(temperature=temperature)  # checks it
         for item in filter(None, self.energies.split(",")):
@@ -188,9 +191,9 @@ def settings(arguments: SampleArguments, networks: Networks) -> list[dict]:
     """The grid, the cheap samplers first. `network` names what chose or wrote the texts besides the denoiser."""
     grid = []
 
-    def add(sampler, network, num_steps=None, num_candidates=None, window_low=None):
+    def add(sampler, network, num_steps=None, num_candidates=None, window_low=None, is_shared=False):
         setting = {"sampler": sampler, "network": network, "num_steps": num_steps, "num_candidates": num_candidates}
-        setting["window_low"] = window_low
+        setting |= {"window_low": window_low, "shared_completion": is_shared}
         grid.extend(setting | {"temperature": value} for value in arguments.listed("temperatures", float))
 
     steps, candidates = arguments.listed("num_steps", int), arguments.listed("num_candidates", int)
@@ -200,18 +203,22 @@ def settings(arguments: SampleArguments, networks: Networks) -> list[dict]:
         add("MDLM", None, num_steps, 1)
     for num_steps in steps if arguments.rerank else []:
         add("best of k", "ranker", num_steps, arguments.rerank)
-    for name in networks.edlms:
-        for k in (k for k in candidates if k > 1):
-            for low in arguments.listed("window_lows", float):
-                for num_steps in steps:
-                    add("EDLM", name, num_steps, k, low)
+    for name, model in networks.edlms.items():
+        for completion in arguments.listed("completions", str):
+            if completion == "shared" and model.config.energy_target == "xs":
+                continue  # a step energy has no completion
+            for k in (k for k in candidates if k > 1):
+                for low in arguments.listed("window_lows", float):
+                    for num_steps in steps:
+                        add("EDLM", name, num_steps, k, low, completion == "shared")
     return grid
 
 
 def label(row: dict) -> str:
     """Of a sampler, whatever its number of steps and temperature."""
     if row["sampler"] == "EDLM":
-        return f"EDLM {row['network']}, k={row['num_candidates']}, t in [{row['window_low']:g}, 1]"
+        shared = ", shared" if row["shared_completion"] else ""
+        return f"EDLM {row['network']}{shared}, k={row['num_candidates']}, t in [{row['window_low']:g}, 1]"
     return f"MDLM, best of {row['num_candidates']}" if row["sampler"] == "best of k" else row["sampler"]
 
 
@@ -238,6 +245,7 @@ def draw(
         num_steps=setting["num_steps"] if bar is not None else 1,
         num_candidates=k if is_edlm else 1,
         energy_window=(1.0, setting["window_low"] or 0.0),
+        shared_completion=setting["shared_completion"],
         temperature=setting["temperature"],
         return_dict_in_generate=True,
         callback_on_step_end=lambda *_: bar is not None and bar.update(),
