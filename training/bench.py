@@ -7,8 +7,6 @@ A row is the median of some runs after a warm-up, all with one seed, so that the
 denoiser, energy and rest comes from one more run: its hooks wait for the device and slow it down.
 """
 
-import json
-import os
 import platform
 import re
 import shlex
@@ -30,6 +28,7 @@ from tqdm.auto import tqdm
 from modeling_edlm import EDLMConfig, EDLMGenerationConfig, EDLMModel
 from modeling_edlm.configuration_edlm import ENERGY_TYPES
 
+from .results import CommaLists, read_results, write_json, write_whole
 from .trainer import parse_arguments
 
 OWN_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "length", "vocab_size", "cond_dim")
@@ -47,7 +46,7 @@ CAPTION = (
 
 
 @dataclass(kw_only=True)
-class BenchArguments:
+class BenchArguments(CommaLists):
     size: str = field(default="small", metadata={"help": "small or full (for a GPU)"})
     energies: str = field(default="none,coar,nce", metadata={"help": "energy types, with commas between"})
     num_candidates: int = field(default=8, metadata={"help": "k, where there is an energy"})
@@ -86,20 +85,14 @@ class BenchArguments:
         if self.hidden_size % (2 * self.num_attention_heads):
             heads = f"num_attention_heads={self.num_attention_heads}"
             raise ValueError(f"hidden_size must be an even multiple of {heads}, got {self.hidden_size}")
-        if not set(self.listed("energies", str)) <= set(ENERGY_TYPES):
+        if not self.energies or not set(self.listed("energies")) <= set(ENERGY_TYPES):
             raise ValueError(f"energies must be of {ENERGY_TYPES}, with commas between, got {self.energies!r}")
-        if min(self.listed("batch_sizes", int)) < 1:
+        if min(self.listed("batch_sizes", int), default=0) < 1:
             raise ValueError(f"batch_sizes must be at least 1, got {self.batch_sizes!r}")
         self.out = self.out or f"hub_cards/results/bench-{self.size}-{self.device}.json"
         if not self.out.endswith(".json"):  # the chart has the same name, but for .png
             raise ValueError(f"out must end in .json, got {self.out!r}")
         self.generation_config("nce")  # checks T, k and the window
-
-    def listed(self, name: str, kind: type) -> list:
-        try:
-            return list(dict.fromkeys(kind(part.strip()) for part in getattr(self, name).split(",")))
-        except ValueError:
-            raise ValueError(f"{name} must be numbers with commas between, got {getattr(self, name)!r}") from None
 
     def generation_config(self, energy: str) -> EDLMGenerationConfig:
         return EDLMGenerationConfig(
@@ -238,30 +231,22 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     arguments = parse_arguments(BenchArguments, __doc__, argv)
     if arguments.from_json:
-        try:
-            results = json.loads(Path(arguments.from_json).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"from_json must be a file of results, got {arguments.from_json!r}: {error}") from None
-        print(table(results))
+        print(table(read_results(arguments.from_json)))
         return
     if arguments.num_threads:
         torch.set_num_threads(arguments.num_threads)
     results = {"command": shlex.join(["python", "-m", "training.bench", *argv])} | asdict(arguments) | machine()
     del results["out"], results["from_json"]
     results["device_name"] = torch.cuda.get_device_name() if arguments.device == "cuda" else results["cpu_name"]
-    energies, batch_sizes = arguments.listed("energies", str), arguments.listed("batch_sizes", int)
+    energies, batch_sizes = arguments.listed("energies"), arguments.listed("batch_sizes", int)
     with tqdm(total=len(energies) * len(batch_sizes) * (arguments.repeats + 2)) as progress:
         results["rows"] = []
         for energy in energies:
             model = random_model(energy, arguments)
             results["rows"] += [measure(model, energy, size, arguments, progress) for size in batch_sizes]
     out = Path(arguments.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary, chart = out.with_suffix(".json.tmp"), out.with_suffix(".png.tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, out)
-    plot(results, chart)
-    os.replace(chart, out.with_suffix(".png"))
+    write_json(out, results)
+    write_whole(out.with_suffix(".png"), lambda path: plot(results, path))
     print(table(results))
 
 

@@ -46,7 +46,7 @@ from .bench import machine
 from .components import COMPLETIONS, body_parameters, load_variants, pass_cost, with_energy
 from .data import PackedTokens, tokenize
 from .pretrain import ar_loss
-from .report import PUBLIC_DATA
+from .results import PUBLIC_DATA, CommaLists, read_results, write_json, write_whole
 from .trainer import fingerprint, parse_arguments
 
 NUM_BUCKETS = 5  # of t
@@ -71,7 +71,7 @@ NOTES = {
 
 
 @dataclass(kw_only=True)
-class LikelihoodArguments:
+class LikelihoodArguments(CommaLists):
     model: str = field(default="", metadata={"help": "folder or repo of the model or denoiser, with its tokenizer"})
     energies: str = field(default="", metadata={"help": "more energies, e.g. coar=FOLDER,nce=FOLDER"})
     only: str = field(
@@ -135,14 +135,6 @@ class LikelihoodArguments:
         names = [data_name(source) for source in self.listed("data")]
         if len(set(names)) < len(names):
             raise ValueError(f"data must have different names, got {self.data!r}")
-
-    def listed(self, name: str, kind: type = str) -> list:
-        """The different values of a comma list."""
-        parts = [part.strip() for part in str(getattr(self, name)).split(",") if part.strip()]
-        try:
-            return list(dict.fromkeys(kind(part) for part in parts))
-        except ValueError:
-            raise ValueError(f"{name} must be numbers with commas between, got {getattr(self, name)!r}") from None
 
     def settings(self) -> list[tuple[int, float]]:
         """(k, tau) where the energy has a choice."""
@@ -640,27 +632,16 @@ def plot(results: dict, path: Path) -> None:
 
 def write(results: dict, out: Path) -> None:
     """Results and all that is made from them; each file takes its name when whole."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    texts = {".csv": comma_separated(results), ".tex": latex(results)}
-    texts[".json"] = json.dumps(results, indent=1, allow_nan=False) + "\n"
-    for suffix in (".csv", ".tex", ".png", ".json"):
-        path = out.with_suffix(suffix)
-        temporary = path.with_name(path.name + ".tmp")
-        if suffix == ".png":
-            plot(results, temporary)
-        else:
-            temporary.write_text(texts[suffix], encoding="utf-8")
-        os.replace(temporary, path)
+    write_whole(out.with_suffix(".csv"), comma_separated(results))
+    write_whole(out.with_suffix(".tex"), latex(results))
+    write_whole(out.with_suffix(".png"), lambda path: plot(results, path))
+    write_json(out, results)
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(LikelihoodArguments, __doc__, argv)
     if arguments.from_json:
-        try:
-            results = json.loads(Path(arguments.from_json).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"from_json must be a file of results, got {arguments.from_json!r}: {error}") from None
-        print(table(results))
+        print(table(read_results(arguments.from_json)))
         return
     if arguments.num_threads:
         torch.set_num_threads(arguments.num_threads)

@@ -14,7 +14,6 @@ Shapes: B samples, R reference blocks, L length.
 import hashlib
 import json
 import math
-import os
 import shlex
 import time
 from dataclasses import asdict, dataclass, field
@@ -35,7 +34,7 @@ from .bench import machine
 from .components import COMPLETIONS, KINDS, body_parameters, with_energy
 from .components import label as energy_name
 from .data import PackedTokens, tokenize
-from .report import PUBLIC_DATA
+from .results import PUBLIC_DATA, CommaLists, read_results, write_json, write_whole
 from .trainer import fingerprint, parse_arguments, step_seed
 
 NGRAMS = (1, 2, 3, 4)
@@ -49,7 +48,7 @@ NOT_RECORDED = {"out", "cache_dir", "num_threads", "from_json"}  # of the record
 
 
 @dataclass(kw_only=True)
-class SampleArguments:
+class SampleArguments(CommaLists):
     model: str = field(default="", metadata={"help": "folder or repo of the model, with its tokenizer"})
     scorer: str = field(default="", metadata={"help": "any causal LM: folder or repo, with :subfolder where needed"})
     scorer_tokenizer: str = field(default="", metadata={"help": "default: the scorer reads the model's token ids"})
@@ -91,11 +90,11 @@ class SampleArguments:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("num_steps", self.mdlm_steps, "num_candidates"):
-            if min(self.listed(name, int)) < 1:
+            if min(self.listed(name, int), default=0) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
         if not all(0 <= low <= 1 for low in self.listed("window_lows", float)):
             raise ValueError(f"window_lows must lie in [0, 1], got {self.window_lows!r}")
-        if not set(self.listed("completions", str)) <= set(COMPLETIONS):
+        if not set(self.listed("completions")) <= set(COMPLETIONS):
             raise ValueError(f"completions must be of {COMPLETIONS}, with commas between, got {self.completions!r}")
         for temperature in self.listed("temperatures", float):
             EDLMGenerationConfig(temperature=temperature)  # checks it
@@ -113,12 +112,6 @@ class SampleArguments:
     @property
     def mdlm_steps(self) -> str:
         return "mdlm_num_steps" if self.mdlm_num_steps else "num_steps"
-
-    def listed(self, name: str, kind: type) -> list:
-        try:
-            return list(dict.fromkeys(kind(part.strip()) for part in str(getattr(self, name)).split(",")))
-        except ValueError:
-            raise ValueError(f"{name} must be numbers with commas between, got {getattr(self, name)!r}") from None
 
     def command(self) -> str:
         """As another would type it: the data where a card says that it is."""
@@ -204,7 +197,7 @@ def settings(arguments: SampleArguments, networks: Networks) -> list[dict]:
     for num_steps in steps if arguments.rerank else []:
         add("best of k", "ranker", num_steps, arguments.rerank)
     for name, model in networks.edlms.items():
-        for completion in arguments.listed("completions", str):
+        for completion in arguments.listed("completions"):
             if completion == "shared" and model.config.energy_target == "xs":
                 continue  # a step energy has no completion
             for k in (k for k in candidates if k > 1):
@@ -532,7 +525,7 @@ class Finished:
                 except ValueError:
                     continue
                 self.rows[entry["key"]] = entry["row"]
-            _replace(path, "".join(json.dumps({"key": k, "row": v}) + "\n" for k, v in self.rows.items()))
+            write_whole(path, "".join(json.dumps({"key": k, "row": v}) + "\n" for k, v in self.rows.items()))
 
     def add(self, key: str, row: dict) -> None:
         self.rows[key] = row
@@ -540,20 +533,10 @@ class Finished:
             file.write(json.dumps({"key": key, "row": row}) + "\n")
 
 
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(SampleArguments, __doc__, argv)
     if arguments.from_json:
-        try:
-            results = json.loads(Path(arguments.from_json).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"from_json must be a file of results, got {arguments.from_json!r}: {error}") from None
-        print(table(results))
+        print(table(read_results(arguments.from_json)))
         return
     if arguments.num_threads:
         torch.set_num_threads(arguments.num_threads)
@@ -599,10 +582,8 @@ def main(argv: list[str] | None = None) -> None:
         | {"denoiser": body_parameters(networks.denoiser)},
         "device_name": torch.cuda.get_device_name() if arguments.device == "cuda" else about["cpu_name"],
     } | about
-    _replace(out, json.dumps(results, indent=1, allow_nan=False) + "\n")
-    chart = out.with_suffix(".png.tmp")
-    plot(results, chart)
-    os.replace(chart, out.with_suffix(".png"))
+    write_json(out, results)
+    write_whole(out.with_suffix(".png"), lambda path: plot(results, path))
     print(table(results))
     print(f"\nresults: {out}\nplot: {out.with_suffix('.png')}\nfinished settings: {finished.path}")
 

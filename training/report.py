@@ -9,7 +9,6 @@ Shapes: B samples, L length.
 """
 
 import json
-import os
 import platform
 import time
 from dataclasses import dataclass, field
@@ -27,16 +26,16 @@ from modeling_edlm import EDLMForCausalLM, EDLMModel
 from .data import PackedTokens, tokenize
 from .metrics import bits_per_character, summary, token_entropy
 from .pretrain import PretrainArguments
+from .results import PUBLIC_DATA, CommaLists, write_json
 from .train_energy import EnergyArguments
 from .trainer import parse_arguments
 
 matplotlib.use("Agg")
-PUBLIC_DATA = Path("data")  # where the commands of a card look for a data set, wherever it was here
 SCRIPTS = {"ar": PretrainArguments, "denoiser": PretrainArguments, "energy": EnergyArguments}
 
 
 @dataclass(kw_only=True)
-class ReportArguments:
+class ReportArguments(CommaLists):
     model: str = field(metadata={"help": "the finished folder, with a scorer in ar/"})
     runs: str = field(metadata={"help": "folder of the training runs ar, denoiser and energy"})
     data: str = field(metadata={"help": "the text whose validation split is the reference"})
@@ -51,13 +50,10 @@ class ReportArguments:
     seed: int = 0
 
     def __post_init__(self):
-        if len(self.listed("num_steps", int)) != len(self.listed("window_lows", float)):
+        if len(self.listed("num_steps", int, False)) != len(self.listed("window_lows", float, False)):
             raise ValueError(
                 f"window_lows needs one value for each of num_steps={self.num_steps}, got {self.window_lows}"
             )
-
-    def listed(self, name: str, kind: type) -> list:
-        return [kind(part) for part in str(getattr(self, name)).split(",")]
 
 
 def training_facts(run: Path, name: str) -> dict:
@@ -98,7 +94,8 @@ def main(argv: list[str] | None = None):
     data = {"bits_per_character": summary(bits_per_character(scorer, data_BL))}
     data |= {"token_entropy": summary(token_entropy(data_BL))}
     rows, samples = [], {}
-    for num_steps, low in zip(arguments.listed("num_steps", int), arguments.listed("window_lows", float), strict=True):
+    windows = arguments.listed("window_lows", float, distinct=False)
+    for num_steps, low in zip(arguments.listed("num_steps", int, distinct=False), windows, strict=True):
         for name, k in (("MDLM", 1), ("EDLM", arguments.num_candidates)):
             progress = tqdm(total=num_steps, desc=f"{name}, {num_steps} steps", mininterval=1)
             started = time.perf_counter()
@@ -146,10 +143,7 @@ def main(argv: list[str] | None = None):
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "transformers", "accelerate")},
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, out)
+    write_json(out, results)
     plot(results["training"], out.with_suffix(".png"))
     print(f"results: {out}\nplot: {out.with_suffix('.png')}")
 

@@ -1,0 +1,45 @@
+"""What the measuring scripts share: options that are lists, files that are whole or not there, results read again."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+PUBLIC_DATA = Path("data")  # where a recorded command looks for a data set, wherever it was when it ran
+
+
+class CommaLists:
+    """For a dataclass of arguments with options such as "1,2,4"."""
+
+    def listed(self, name: str, kind: type = str, distinct: bool = True) -> list:
+        """The (different) values of a comma list, in order; ValueError names the option where one is no `kind`."""
+        try:
+            values = [kind(part.strip()) for part in str(getattr(self, name)).split(",") if part.strip()]
+            return list(dict.fromkeys(values)) if distinct else values
+        except ValueError:
+            raise ValueError(f"{name} must be numbers with commas between, got {getattr(self, name)!r}") from None
+
+
+def write_whole(path: Path, content: str | Callable[[Path], None]) -> None:
+    """A text, or what a function writes, under a temporary name that is renamed when the file is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        if callable(content):
+            content(temporary)
+        else:
+            temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, results: dict) -> None:
+    write_whole(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
+
+
+def read_results(from_json: str) -> dict:
+    try:
+        return json.loads(Path(from_json).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"from_json must be a file of results, got {from_json!r}: {error}") from None
