@@ -381,6 +381,7 @@ def test_files_and_tables(whole, capsys):
         cell = f"{row[name]['mean']:{sign}{spec}} +- {row[name]['stderr']:{spec}}"
         assert f"| EDLM step, k=3 | {cell} |" in printed
     assert "EDLM step, k=3, tau=2 |" in printed
+    assert "| bits per character, T=4 | first | second |" in printed.split("\n\n")[-1]  # all data sets, in one table
 
 
 def test_without_an_energy(folders, tmp_path, capsys):

@@ -57,6 +57,7 @@ LEAST = dict.fromkeys(
     ("num_samples", "num_shared_samples", "num_times", "num_times_plain", "batch_size", "energy_batch_size", "chunk"), 1
 )
 LEAST |= {"num_sequences": 0, "num_threads": 0}
+OTHERS = {"ar": "AR, exact", "mdlm": "MDLM in continuous time, at most"}
 NOTES = {
     "bits": "sums of bits over sums of units; stderr over sequences, that of a ratio; all rows have the same sequences",
     "bound": "of EDLM: that of MDLM from num_times_plain draws, less the gain",
@@ -517,17 +518,33 @@ def table(results: dict) -> str:
                 acting, lambda row: "" if row["ess"] is None else f"{row['ess']:.2f}", "ESS of the k weights"
             )
             blocks.append(ess)
-        names = {"ar": "AR, exact", "mdlm": "MDLM in continuous time, at most"}
         rows = [row for row in data["rows"] if row["estimator"] != "sampler"]
         lines = ["| other estimates | bits per character |", "| --- | ---: |"] if rows else []
         for row in rows:
-            name = names.get(row["estimator"]) or f"published form, no bound: {row['energy']}, {row['log_z']} log Z"
+            name = OTHERS.get(row["estimator"]) or f"published form, no bound: {row['energy']}, {row['log_z']} log Z"
             lines.append(f"| {name} | {number(row['bits_per_character'])} |")
         blocks += ["\n".join(lines)] if rows else []
         if data["versus_double"]:
             head = "EDLM at T minus MDLM at 2T, bits per character"
             blocks.append(markdown(data["versus_double"], small("difference", per_character), head))
+    if len(results["data"]) > 1:
+        blocks.append(across(results["data"]))
     return "\n\n".join(blocks)
+
+
+def across(data_sets: list[dict]) -> str:
+    """Markdown: one column for each data set, at the largest number of steps."""
+    most, cells = 0, {}
+    for data in data_sets:
+        most = max([most] + [row["num_steps"] or 0 for row in data["rows"]])
+    for data in data_sets:
+        for row in data["rows"]:
+            if row["estimator"] != "paper" and row["num_steps"] in (None, most):
+                name = OTHERS.get(row["estimator"]) or name_of(row)
+                cells.setdefault(name, []).append(number(row["bits_per_character"]))
+    lines = [[f"bits per character, T={most}", *(data["name"] for data in data_sets)]]
+    lines += [["---"] + ["---:"] * len(data_sets)] + [[name, *row] for name, row in cells.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def latex(results: dict) -> str:
