@@ -250,8 +250,10 @@ def log_mean_exp(log_w_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     K = log_w_NK.shape[1]
     lower_N = log_w_NK.logsumexp(-1) - math.log(K)
-    others_NKK = log_w_NK[:, None].expand(-1, K, -1).masked_fill(torch.eye(K, dtype=torch.bool), float("-inf"))
-    without_one_N = (others_NKK.logsumexp(-1) - math.log(K - 1)).mean(-1)
+    empty_N1 = torch.full_like(log_w_NK[:, :1], float("-inf"))
+    before_NK = torch.cat((empty_N1, log_w_NK.logcumsumexp(-1)[:, :-1]), dim=-1)
+    after_NK = torch.cat((log_w_NK.flip(-1).logcumsumexp(-1).flip(-1)[:, 1:], empty_N1), dim=-1)
+    without_one_N = (torch.logaddexp(before_NK, after_NK) - math.log(K - 1)).mean(-1)
     return lower_N, (2 * K - 1) * lower_N - 2 * (K - 1) * without_one_N
 
 
