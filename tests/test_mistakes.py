@@ -249,7 +249,7 @@ def test_13_log_z_is_estimated_from_many_samples():
 def test_14_no_path_is_written_into_the_code():
     folders = [Path(package.__file__).parent for package in (modeling_edlm, training)]
     path = re.compile(r"^(\.{0,2}/|~|[A-Za-z]:\\)\S+|\.(ckpt|pt|bin)$|^[\w-]+/[\w-]+$")
-    allowed = {"tokens/s", "Ctrl-C", "/proc/cpuinfo"}
+    allowed = {"tokens/s", "s/sample", "bits/token", "Ctrl-C", "/proc/cpuinfo"}
     for file in (file for folder in folders for file in folder.glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value not in allowed:
