@@ -98,7 +98,7 @@ class LikelihoodArguments(CommaLists):
     energy_batch_size: int = field(default=64, metadata={"help": "candidates in one pass of the energy"})
     seed: int = 0
     chunk: int = field(default=50, metadata={"help": "sequences of one part"})
-    cache_dir: str = field(default="runs/tokens", metadata={"help": "where token ids are kept"})
+    cache_dir: str = field(default="", metadata={"help": "where token ids are kept; default: tokens/ beside out"})
     out: str = field(default="", metadata={"help": "results, .json; .csv, .tex and .png have the same name"})
     from_json: str = field(default="", metadata={"help": "measure nothing, print the tables of this file again"})
     num_threads: int = field(default=0, metadata={"help": "CPU threads; 0: torch's default"})
@@ -178,7 +178,8 @@ class Text:
 
 def load_text(source: str, tokenizer: PreTrainedTokenizerBase, length: int, arguments: LikelihoodArguments) -> Text:
     """Evenly spaced whole blocks; what is left behind the last of them is not scored, so no token is scored twice."""
-    tokens = tokenize(source, tokenizer, arguments.cache_dir, arguments.split, arguments.text_column)
+    cache_dir = arguments.cache_dir or Path(arguments.out).parent / "tokens"
+    tokens = tokenize(source, tokenizer, cache_dir, arguments.split, arguments.text_column)
     blocks, num_whole = PackedTokens(tokens, length), len(tokens) // length
     B = min(arguments.num_sequences or num_whole, num_whole)
     x0_BL = torch.stack([blocks[i * num_whole // B]["input_ids"] for i in range(B)])

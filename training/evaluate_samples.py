@@ -55,7 +55,7 @@ class SampleArguments(CommaLists):
     data: str = field(default="", metadata={"help": "real text: file, folder or Hub data set"})
     split: str = "test"
     text_column: str = "text"
-    cache_dir: str = field(default="runs/tokens", metadata={"help": "where token ids are kept"})
+    cache_dir: str = field(default="", metadata={"help": "where token ids are kept; default: tokens/ beside out"})
     out: str = field(default="", metadata={"help": "results, .json; the plot has the same name, but for .png"})
     num_steps: str = field(default="8,32,128", metadata={"help": "denoising steps T, with commas between"})
     mdlm_num_steps: str = field(default="", metadata={"help": "T of MDLM, whose steps cost less; default: num_steps"})
@@ -327,7 +327,8 @@ class Judge:
         self.scorer_tokenizer = AutoTokenizer.from_pretrained(own) if own else None
         if own and self.scorer_tokenizer.pad_token_id is None:
             self.scorer_tokenizer.pad_token = self.scorer_tokenizer.eos_token
-        tokens = tokenize(arguments.data, tokenizer, arguments.cache_dir, arguments.split, arguments.text_column)
+        cache_dir = arguments.cache_dir or Path(arguments.out).parent / "tokens"
+        tokens = tokenize(arguments.data, tokenizer, cache_dir, arguments.split, arguments.text_column)
         blocks, B, R = PackedTokens(tokens, networks.length), arguments.num_samples, arguments.num_references
         whole = len(tokens) // networks.length  # the last block may overlap the one before
         if whole < B + R:
