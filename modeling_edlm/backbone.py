@@ -4,6 +4,7 @@ Blocks of DiT (arXiv 2212.09748) with rotary positions (arXiv 2104.09864), as in
 or without adaptive layer norm. Shapes: N rows, L length, D hidden size, C conditioning width, H heads.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 
@@ -211,6 +212,21 @@ class Head(nn.Module):
         x_NLD, _ = self.norm(x_NLD, cond_NC)
         y = self.linear(x_NLD)
         return y if positions_M is None else y[:M, 0]
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """A second tree of modules over the very same parameters: what is wrapped, hooked or switched in one is not in the
+    other, and no weight is there twice.
+
+    Raises ValueError where a `forward` was replaced (`device_map`, `torch.compile`): it would lead back to the first.
+    """
+    state = {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()}
+    if "forward" in state or state.get("_compiled_call_impl") is not None:
+        raise ValueError(f"the forward of a {type(module).__name__} was replaced: share its weights before you do so")
+    other = object.__new__(type(module))
+    vars(other).update(state)
+    other._modules = {name: child and twin(child) for name, child in module._modules.items()}
+    return other
 
 
 def log_probs(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:

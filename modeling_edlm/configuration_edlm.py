@@ -41,6 +41,7 @@ class EDLMConfig(PreTrainedConfig):
         energy_num_layers: blocks of the NCE energy; `None` is `num_hidden_layers`.
         energy_config: what of the above is different in the energy network; a dictionary with a `model_type`
             other than "edlm" is the whole configuration of another causal language model.
+        energy_adapter: folder, beside the weights, of an NCE energy that is LoRA over the denoiser's own blocks.
 
     Raises:
         ValueError: for a misspelt argument.
@@ -70,6 +71,7 @@ class EDLMConfig(PreTrainedConfig):
     energy_pooling: str = "sum"
     energy_num_layers: int | None = None
     energy_config: dict | None = None
+    energy_adapter: str | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -117,6 +119,8 @@ class EDLMConfig(PreTrainedConfig):
             raise ValueError(f"energy_target='xs' needs energy_type='nce', got energy_type={self.energy_type!r}")
         if self.energy_target == "xs" and self.energy_pooling != "sum":
             raise ValueError(f"energy_target='xs' needs energy_pooling='sum', got {self.energy_pooling!r}")
+        if self.energy_adapter is not None and self.energy_type != "nce":
+            raise ValueError(f"energy_adapter needs energy_type='nce', got energy_type={self.energy_type!r}")
         if self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings must be False: the head has weights of its own")
         if self.energy_num_layers is not None and self.energy_num_layers < 1:
@@ -129,12 +133,12 @@ class EDLMConfig(PreTrainedConfig):
 
     def for_denoiser(self) -> "EDLMConfig":
         """The configuration of the denoiser alone."""
-        own = ("energy_type", "energy_target", "energy_pooling", "energy_num_layers", "energy_config")
+        own = [name for name in type(self).__annotations__ if name.startswith("energy_")]
         return self._changed({name: getattr(type(self), name) for name in own})
 
     def for_energy(self) -> "EDLMConfig":
         """The configuration of the energy network: this one, changed by `energy_config`."""
-        changes = {**(self.energy_config or {}), "energy_config": None}
+        changes = {**(self.energy_config or {}), "energy_config": None, "energy_adapter": None}
         changes.pop("model_type", None)
         return self._changed(changes)
 

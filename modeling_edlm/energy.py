@@ -56,13 +56,14 @@ class EnergyNetwork(nn.Module):
     """The NCE energy: both token sequences embedded, joined by a projection, read by bidirectional blocks.
 
     `energy_pooling="mean"` is the published form: hidden states averaged over all positions, then the scalar head.
-    `"sum"` gives every position its scalar and adds those that are masked in xt and given in x.
+    `"sum"` gives every position its scalar and adds those that are masked in xt and given in x. With `backbone` the
+    blocks are not its own.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, backbone: Backbone | None = None):
         super().__init__()
         self.config = config
-        self.backbone = Backbone(config, num_layers=config.energy_num_layers)
+        self.backbone = Backbone(config, num_layers=config.energy_num_layers) if backbone is None else backbone
         self.projection = nn.Linear(2 * config.hidden_size, config.hidden_size)
         self.head = Head(config, config.hidden_size, zero=False)
         self.fc1 = nn.Linear(config.hidden_size, config.hidden_size)
@@ -117,6 +118,19 @@ def candidate_energies(
     return torch.cat(energies).view(N, K)
 
 
-def nce_loss(energy_data_N: torch.Tensor, energy_proposal_N: torch.Tensor) -> torch.Tensor:
-    """softplus(E(x+)) + softplus(-E(x-)), mean over rows: the NCE objective of EDLM, minimal at log mu - log q."""
-    return nn.functional.softplus(energy_data_N).mean() + nn.functional.softplus(-energy_proposal_N).mean()
+def nce_loss(energy_data_N: torch.Tensor, energy_proposal: torch.Tensor) -> torch.Tensor:
+    """softplus(E(x+)) + softplus(-E(x-)), mean over rows: the NCE objective of EDLM, minimal at log mu - log q.
+
+    `energy_proposal` is (N,) or, with several negatives for each row, (N, J): their mean has the same minimum.
+    """
+    return nn.functional.softplus(energy_data_N).mean() + nn.functional.softplus(-energy_proposal).mean()
+
+
+def ranking_loss(energy_data_N: torch.Tensor, energy_proposal_NJ: torch.Tensor) -> torch.Tensor:
+    """-log of w(x+) / (w(x+) + w(x_1) + ... + w(x_J)) with w = exp(-E), mean over rows: conditional NCE.
+
+    But for log k it is what the energy adds to the sampler's bound with k = J + 1 candidates, so training lowers the
+    bound itself. Minimal at log mu - log q plus any function of xt, which no choice among candidates depends on.
+    Source: Ma and Collins 2018, arXiv 1809.01812.
+    """
+    return torch.cat((energy_data_N[:, None], energy_proposal_NJ), dim=1).neg().log_softmax(-1)[:, 0].neg().mean()

@@ -3,18 +3,25 @@
 Shapes: N rows, K candidates, L length, V vocabulary, M selected positions (flat indices into N * L).
 """
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutput
 
-from .backbone import Backbone, Head, initialize, log_probs, position_chunks
+from .adapter import energy_fields, find_adapter, load_adapter, save_adapter
+from .backbone import Backbone, Head, initialize, log_probs, position_chunks, twin
 from .configuration_edlm import EDLMConfig
 from .energy import EnergyNetwork, causal_log_prob
 from .generation_edlm import EDLMGenerationConfig, EDLMGenerationMixin
 from .likelihood import EDLMLikelihoodMixin
 from .sampler import draw, uniforms
 from .schedule import conditioning
+
+ADAPTER_FOLDER = "energy"  # within the folder of a whole model
+WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision")  # of the files of a model
 
 
 class EDLMPreTrainedModel(PreTrainedModel):
@@ -240,10 +247,10 @@ class EDLMEnergyModel(EDLMPreTrainedModel):
     base_model_prefix = "energy_model"
     _keys_to_ignore_on_load_unexpected = [r"^denoiser\."]
 
-    def __init__(self, config: EDLMConfig):
+    def __init__(self, config: EDLMConfig, backbone: Backbone | None = None):
         config = _energy_part(config, ("nce",), "EDLMEnergyModel")
         super().__init__(config)
-        self.network = EnergyNetwork(config)
+        self.network = EnergyNetwork(config, _keep(backbone))
         self.post_init()
 
     def get_input_embeddings(self):
@@ -253,20 +260,40 @@ class EDLMEnergyModel(EDLMPreTrainedModel):
         self.network.backbone.embedding = value
 
     @classmethod
-    def from_denoiser(cls, denoiser: EDLMForMaskedLM, **changes) -> "EDLMEnergyModel":
-        """A fresh energy whose blocks start as copies of the denoiser's; `changes` go to its configuration."""
+    def from_denoiser(cls, denoiser: EDLMForMaskedLM, share_weights: bool = False, **changes) -> "EDLMEnergyModel":
+        """A fresh energy that starts from the denoiser's blocks.
+
+        Args:
+            share_weights: the blocks' weights are the denoiser's own, not copies: to be trained by an adapter
+                (`adapter.add_lora`), never themselves.
+            changes: to its configuration.
+        Raises:
+            ValueError: the changes do not fit the denoiser's weights.
+        """
         fields = denoiser.config.fields()
-        model = cls(EDLMConfig(**fields | {"energy_type": "nce", "energy_config": None} | changes))
+        config = EDLMConfig(**fields | {"energy_type": "nce", "energy_config": None} | changes)
+        num_layers, theirs = config.energy_num_layers or config.num_hidden_layers, denoiser.state_dict()
+        if num_layers > len(denoiser.backbone.blocks):
+            raise ValueError(f"{changes} do not fit the denoiser, which has {len(denoiser.backbone.blocks)} blocks")
+        backbone = None
+        if share_weights:
+            backbone = twin(denoiser.backbone)
+            backbone.blocks = backbone.blocks[:num_layers]
+            for module in backbone.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = config.dropout
+        model = cls(config, backbone)
         own = model.network.state_dict()
-        theirs = denoiser.state_dict()
         start = {k: theirs.get(k) for k in own if k.startswith(("backbone.", "head.norm."))}
         if unfit := [k for k, v in start.items() if v is None or v.shape != own[k].shape]:
             raise ValueError(f"{changes} do not fit the denoiser, which has no such {unfit[0]}")
+        if share_weights:
+            start = {k: v for k, v in start.items() if k.startswith("head.")}
         model.network.load_state_dict(start, strict=False)
         with torch.no_grad():  # the mean of both embeddings: a token that was never masked looks as it did
             half = torch.eye(model.config.hidden_size) / 2
             model.network.projection.weight.copy_(torch.cat((half, half), dim=1))
-        return model.to(denoiser.dtype)
+        return model.to(denoiser.device, denoiser.dtype)
 
     def forward(self, input_ids, xt=None, t=None, attention_mask=None, **kwargs) -> SequenceClassifierOutput:
         """Energies of candidates.
@@ -294,13 +321,13 @@ class EDLMModel(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMixin):
         if config.energy_type != "none" and config.energy_config is None:
             config.energy_config = {}  # says that the weights of config are those of a whole EDLM
         super().__init__(config)
-        self.denoiser = EDLMForMaskedLM(config) if denoiser is None else denoiser
-        self.energy_model = self._new_energy(config) if energy_model is None else energy_model
+        self.denoiser = EDLMForMaskedLM(config) if denoiser is None else _keep(denoiser)
+        self.energy_model = self._new_energy(config) if energy_model is None else _keep(energy_model)
         self.post_init()
 
     @staticmethod
     def _new_energy(config: EDLMConfig) -> PreTrainedModel | None:
-        if config.energy_type == "none":
+        if config.energy_type == "none" or config.energy_adapter is not None:  # an adapter is loaded when its base is
             return None
         if config.energy_is_foreign:
             return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.energy_config))
@@ -313,8 +340,9 @@ class EDLMModel(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMixin):
         """Put trained parts together; they are not copied.
 
         Args:
-            denoiser: proposes. energy: `EDLMEnergyModel` for `energy_type="nce"`, a causal language model with the
-                same token ids for `"ar"` and `"coar"`, None for no energy.
+            denoiser: proposes.
+            energy: `EDLMEnergyModel` for `energy_type="nce"`, a network of its own or an adapter over this denoiser; a
+                causal language model with the same token ids for `"ar"` and `"coar"`; None for no energy.
         Raises:
             ValueError: the parts do not fit: another vocabulary, mask or kind of network.
         """
@@ -338,8 +366,56 @@ class EDLMModel(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMixin):
             }
         if is_nce:
             changes |= {name: own[name] for name in ("energy_target", "energy_pooling", "energy_num_layers")}
+            is_adapter = energy.network.backbone.embedding.weight is denoiser.backbone.embedding.weight
+            changes |= {"energy_adapter": ADAPTER_FOLDER if is_adapter else None}
         config = EDLMConfig(**fields | {"energy_type": energy_type} | changes)
         return cls(config, denoiser=denoiser, energy_model=energy)
+
+    def load_energy(self, path: str, **where) -> "EDLMModel":
+        """Take the NCE energy of a folder or Hub repo in place of this model's own, and return this model.
+
+        Args:
+            path: an adapter over this model's denoiser (its blocks are then shared, not copied; needs PEFT), or an
+                `EDLMEnergyModel`. where: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
+        Raises:
+            ValueError: the adapter was trained over another denoiser, or the energy does not fit this one.
+            OSError: there is no energy. ImportError: an adapter, and PEFT is not installed.
+        """
+        if (folder := find_adapter(path, **where)) is not None:
+            fields = energy_fields(folder, self.denoiser)
+            energy = EDLMEnergyModel.from_denoiser(self.denoiser, share_weights=True, **fields)
+            energy = load_adapter(energy, folder).get_base_model()
+        else:
+            energy = EDLMEnergyModel.from_pretrained(path, **where)
+        energy = energy.to(self.device, self.dtype).train(self.training)
+        self.config = EDLMModel.from_components(self.denoiser, energy, "nce").config
+        self.energy_model = energy
+        return self
+
+    def load_adapter(self, peft_model_id, *args, adapter_kwargs=None, **kwargs):
+        """Called by `from_pretrained` for the folder or repo of an adapter, when its base is loaded."""
+        self.load_energy(peft_model_id, **{k: v for k, v in (adapter_kwargs or {}).items() if k in WHERE})
+        info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        return SimpleNamespace(to_dict=lambda: info)
+
+    @classmethod
+    def from_pretrained(cls, path, *args, **kwargs):
+        """As in the library; an energy that is an adapter is loaded over the denoiser it lies beside."""
+        loaded = super().from_pretrained(path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.energy_adapter is not None and model.energy_model is None:
+            where = {name: kwargs[name] for name in WHERE if kwargs.get(name) is not None}
+            where["subfolder"] = "/".join(filter(None, (kwargs.get("subfolder"), model.config.energy_adapter)))
+            model.load_energy(path, **where)
+        return loaded
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in the library; an adapter goes into a folder of its own, and the shared blocks are written once."""
+        if self.config.energy_adapter is not None:
+            save_adapter(Path(save_directory) / self.config.energy_adapter, self.energy_model, self.denoiser, None)
+            weights = {f"denoiser.{name}": value for name, value in self.denoiser.state_dict().items()}
+            kwargs = {"state_dict": weights} | kwargs
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def energy_type(self) -> str:
@@ -384,6 +460,13 @@ class EDLMModel(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMixin):
         return log_mu - causal_log_prob(self.energy_model, x, where_NL, bos, mask, attention_mask)
 
 
+def _keep(part: nn.Module | None) -> nn.Module | None:
+    """A part that has its weights: `post_init` would draw new ones for layers that PEFT or the user put there."""
+    for module in part.modules() if part is not None else ():
+        module._is_hf_initialized = True
+    return part
+
+
 def _check_architecture(config: EDLMConfig, *holds: str) -> None:
     """A folder's weights fit only the classes that hold them: the names of the layers alone would not tell."""
     if config.architectures and config.architectures[0] not in holds:
@@ -395,6 +478,8 @@ def _energy_part(config: EDLMConfig, energy_types: tuple[str, ...], name: str) -
     _check_architecture(config, name, "EDLMModel")
     if config.energy_config is None:
         return config
+    if config.energy_adapter is not None:
+        raise ValueError(f"the energy is an adapter, {config.energy_adapter}/: EDLMModel.from_pretrained loads it")
     if config.energy_type not in energy_types or config.energy_is_foreign:
         raise ValueError(f"{name} needs energy_type in {energy_types}, the checkpoint has {config.energy_type!r}")
     return config.for_energy()
