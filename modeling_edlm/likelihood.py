@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 
 from .energy import candidate_energies
 from .generation_edlm import EDLMGenerationConfig, check_attention_mask, check_prompt, in_eval_mode
-from .sampler import draw, uniforms
+from .sampler import draw, effective_sample_size, uniforms
 from .schedule import reveal_steps, time_at, times
 
 ESTIMATORS = ("sampler", "paper", "mdlm")
@@ -200,7 +200,7 @@ def likelihood_terms(
             mdlm.append(-F_N * mean_log_mu_N)
             if estimator == "sampler":
                 gain_CN = [log_mean_ratio(log_v_NG / tau, log_w_NHK / tau, k, counters) for k, tau in settings]
-                ess_CN = [1 / (log_w_NHK[:, 0, :k] / tau).softmax(-1).square().sum(-1) for k, tau in settings]
+                ess_CN = [effective_sample_size(log_w_NHK[:, 0, :k] / tau) for k, tau in settings]
                 nll.append(torch.stack([mdlm[-1] - scale_N * gain_N for gain_N in gain_CN], -1))
                 ess.append(torch.stack(ess_CN, -1).where(active_N[:, None], float("nan")))
             elif estimator == "paper":

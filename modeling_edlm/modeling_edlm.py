@@ -479,7 +479,9 @@ def _energy_part(config: EDLMConfig, energy_types: tuple[str, ...], name: str) -
     if config.energy_config is None:
         return config
     if config.energy_adapter is not None:
-        raise ValueError(f"the energy is an adapter, {config.energy_adapter}/: EDLMModel.from_pretrained loads it")
+        raise ValueError(
+            f"{name} cannot load an adapter, energy_adapter={config.energy_adapter!r}: EDLMModel.from_pretrained does"
+        )
     if config.energy_type not in energy_types or config.energy_is_foreign:
         raise ValueError(f"{name} needs energy_type in {energy_types}, the checkpoint has {config.energy_type!r}")
     return config.for_energy()

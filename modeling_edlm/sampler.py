@@ -46,8 +46,12 @@ def choose(energy_NK: torch.Tensor, temperature: float, u_N: torch.Tensor) -> tu
     """
     log_w_NK = -energy_NK.to(u_N.dtype) / temperature
     choice_N1, _ = draw(log_w_NK, u_N[:, None])
-    w_NK = log_w_NK.softmax(-1)
-    return choice_N1[:, 0], (1 / w_NK.square().sum(-1)).float()
+    return choice_N1[:, 0], effective_sample_size(log_w_NK).float()
+
+
+def effective_sample_size(log_w_NK: torch.Tensor) -> torch.Tensor:
+    """(sum w)^2 / sum w^2, (N,): K if all weights are the same, 1 if one has everything."""
+    return 1 / log_w_NK.softmax(-1).square().sum(-1)
 
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64

@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 from modeling_edlm import EDLMForCausalLM, EDLMModel
 from modeling_edlm.schedule import antithetic_times
 from training import evaluate_likelihood, evaluate_samples
+from training.contrast import accuracy, contrast, energies
 from training.data import PackedTokens, tokenize
 from training.metrics import bits_per_character
 from training.pretrain import mdlm_loss
-from training.train_energy import accuracy, contrast, energies
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "hub_cards" / "results" / "edlm-wiki27.json"
@@ -89,11 +89,10 @@ def held_out(tmp_path_factory) -> torch.Tensor:
 
 def test_the_trained_energy_tells_data_from_proposals(held_out):
     model = EDLMModel.from_pretrained(FOLDER)
-    torch.manual_seed(0)
-    times = torch.full((16,), 0.8), None
+    times, u = (torch.full((16,), 0.8), None), torch.rand(held_out.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        data, proposal = energies(model.energy_model, *contrast(model.denoiser, held_out, *times), *times)
-    assert float(accuracy(data, proposal).mean()) > 0.75
+        data, proposal = energies(model.energy_model, *contrast(model.denoiser, held_out, *times, u, 0), *times)
+    assert float(accuracy(data, proposal, "nce").mean()) > 0.75
     assert float(data.mean()) < 0 < float(proposal.mean())
 
 

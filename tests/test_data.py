@@ -1,28 +1,36 @@
-"""Reading, tokenizing, packing and batching; needs no network, no GPU and, but for Hub names, no `datasets`."""
+"""Reading, tokenizing, packing, batching and streaming; needs no network, no GPU and, but for Hub names, no `datasets`.
 
+Shapes: B batch, L length, N blocks.
+"""
+
+import contextlib
+import itertools
 import random
 import shutil
 import string
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from scipy.stats import chisquare
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from training import data
 from training.data import (
     PackedTokens,
+    StreamedBlocks,
     character_tokenizer,
     read_texts,
     step_batch_indices,
     tokenize,
 )
+from training.pretrain import Blocks, PretrainArguments
 
 SAMPLE = str(Path(__file__).parent / "fixtures" / "wiki27-sample.parquet")
 
@@ -155,7 +163,8 @@ class FakeHub:
 
 
 def test_hub_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bpe: PreTrainedTokenizerFast) -> None:
-    def load_dataset(name: str, config: str | None, split: str) -> FakeHub:
+    def load_dataset(name: str, config: str | None, split: str, streaming: bool) -> FakeHub:
+        assert not streaming
         calls.append((name, config, split))
         if name == "owner/none":
             raise ConnectionError("no network")
@@ -382,3 +391,251 @@ def test_epochs_and_seeds_differ() -> None:
     first, second = step_batch_indices(50, 50, 0, 0), step_batch_indices(50, 50, 1, 0)
     assert not torch.equal(first, second)
     assert not torch.equal(first, step_batch_indices(50, 50, 0, 1))
+
+
+# ---- streamed blocks
+
+
+@pytest.fixture(scope="module")
+def datasets() -> ModuleType:
+    return pytest.importorskip("datasets")  # before `_no_datasets` hides it
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> str:
+    """Two shards of documents of many lengths, one of them empty."""
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(string.ascii_lowercase, k=k)) for k in (40, 0, 300, 7, 90, 1, 160, 55, 200, 33)]
+    (tmp_path / "documents").mkdir()
+    for i, part in enumerate((texts[:6], texts[6:])):
+        write_parquet(tmp_path / "documents" / f"train-{i}.parquet", part)
+    return str(tmp_path / "documents")
+
+
+@pytest.fixture
+def whole_NL(documents: str, bpe: PreTrainedTokenizerFast, tmp_path: Path) -> torch.Tensor:
+    """The blocks of length 16 in the order of the text; a few tokens are left behind them."""
+    tokens = tokenize(documents, bpe, tmp_path / "ids").astype(np.int64)
+    assert len(tokens) % 16 and (tokens == bpe.eos_token_id).sum() == 10
+    blocks_NL = torch.from_numpy(tokens[: len(tokens) // 16 * 16]).view(-1, 16)
+    assert len(blocks_NL.unique(dim=0)) == len(blocks_NL)
+    return blocks_NL
+
+
+def numbers(blocks_BL: torch.Tensor, whole_NL: torch.Tensor) -> list[int]:
+    """Which of the blocks of the text each one is; an error if it is none or several of them."""
+    return [(whole_NL == block_L).all(-1).nonzero().item() for block_L in blocks_BL]
+
+
+@pytest.mark.parametrize("batch_size, world_size", [(1, 1), (2, 3), (7, 2), (200, 1)])
+@pytest.mark.parametrize("shuffle_buffer", [1, 8, 1000])
+def test_every_streamed_block_once_per_epoch(
+    documents: str,
+    bpe: PreTrainedTokenizerFast,
+    whole_NL: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    batch_size: int,
+    world_size: int,
+    shuffle_buffer: int,
+) -> None:
+    """Over all processes; an epoch is what `tokenize` gives, cut, documents followed by eos as there."""
+    N, global_size = len(whole_NL), batch_size * world_size
+    num_steps = -(-3 * N // global_size)
+    ranks = [StreamedBlocks(documents, bpe, 16, 5, shuffle_buffer) for _ in range(world_size)]
+    steps = [
+        torch.cat([blocks.batch(batch_size, step, rank, world_size) for rank, blocks in enumerate(ranks)])
+        for step in range(num_steps)
+    ]
+    assert all(step_BL.dtype == torch.int64 and step_BL.shape == (global_size, 16) for step_BL in steps)
+    epochs = torch.tensor(numbers(torch.cat(steps), whole_NL)[: 3 * N]).view(3, N)
+    for epoch in epochs.tolist():
+        assert sorted(epoch) == list(range(N))
+        # the buffer is bounded: a block comes out no earlier than it has come in
+        assert all(place > number - shuffle_buffer for place, number in enumerate(epoch))
+        assert (epoch == list(range(N))) == (shuffle_buffer == 1)
+    assert shuffle_buffer == 1 or len(epochs.unique(dim=0)) == 3  # each epoch in its own order
+
+    monkeypatch.setattr(data, "BATCH_CHARS", 1)  # how many documents are tokenized at once does not show
+    one = StreamedBlocks(documents, bpe, 16, 5, shuffle_buffer)
+    assert all(torch.equal(one.batch(global_size, step), steps[step]) for step in range(num_steps))
+
+
+def test_the_buffer_draws_uniformly() -> None:
+    """Of four blocks through a buffer of three, one of the first three comes first, the rest in any order: 18 ways."""
+    orders = [p for p in itertools.permutations(range(4)) if p[0] < 3]
+    counts = dict.fromkeys(orders, 0)
+    for seed in range(3600):
+        counts[tuple(data._shuffled(iter(range(4)), 3, np.random.default_rng(seed)))] += 1
+    assert len(counts) == 18 and chisquare(list(counts.values())).pvalue > 1e-3
+
+
+def test_the_seed_makes_the_order_of_a_stream(documents: str, bpe: PreTrainedTokenizerFast) -> None:
+    def stream(seed: int, shuffle_buffer: int = 10) -> torch.Tensor:
+        return StreamedBlocks(documents, bpe, 16, seed, shuffle_buffer).batch(20, 0)
+
+    assert torch.equal(stream(1), stream(1))
+    assert not torch.equal(stream(1), stream(2)) and not torch.equal(stream(1), stream(1, 11))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_any_step_of_the_stream_can_be_asked_for(documents: str, bpe: PreTrainedTokenizerFast, rank: int) -> None:
+    def fresh() -> StreamedBlocks:
+        return StreamedBlocks(documents, bpe, 16, 0, 10)
+
+    blocks = fresh()
+    steps = [blocks.batch(4, step, rank, 2) for step in range(20)]  # some three epochs
+    for step in (0, 7, 19):
+        blocks = fresh()
+        assert torch.equal(blocks.batch(4, step, rank, 2), steps[step])
+    for step in (19, 3, 4, 9, 0):  # again, back, on, ahead, back
+        assert torch.equal(blocks.batch(4, step, rank, 2), steps[step])
+
+
+def test_a_stream_reads_no_further_than_it_must(
+    tmp_path: Path, bpe: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(9):
+        write_parquet(tmp_path / f"train-{i}.parquet", ["x" * 64])
+    opened, file_texts = [], data._file_texts
+    monkeypatch.setattr(data, "BATCH_CHARS", 1)
+    monkeypatch.setattr(data, "_file_texts", lambda file, column: opened.append(file) or file_texts(file, column))
+    num_tokens = len(bpe("x" * 64)["input_ids"]) + 1
+    blocks = StreamedBlocks(str(tmp_path), bpe, num_tokens, 0, 3)
+    assert not opened
+    blocks.batch(2, 0)
+    assert len(opened) == 5  # three in the buffer, two for those that left it
+
+
+def test_a_broken_off_stream_starts_anew(
+    documents: str, bpe: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks_off(*args):
+        yield from ()
+        raise KeyboardInterrupt
+
+    steps = [StreamedBlocks(documents, bpe, 16, 0, 10).batch(30, step) for step in range(3)]
+    blocks = StreamedBlocks(documents, bpe, 16, 0, 10)
+    blocks.batch(30, 0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, "_encode", breaks_off)
+        blocks.batch(30, 1)  # goes over the end of the first epoch
+    assert torch.equal(blocks.batch(30, 1), steps[1]) and torch.equal(blocks.batch(30, 2), steps[2])
+
+
+def test_a_stream_without_a_block_is_an_error(tmp_path: Path, bpe: PreTrainedTokenizerFast) -> None:
+    source = write_parquet(tmp_path / "short.parquet", ["abc"])
+    num_tokens = len(bpe("abc")["input_ids"]) + 1
+    assert StreamedBlocks(source, bpe, num_tokens, 0).batch(3, 0).shape == (3, num_tokens)
+    blocks = StreamedBlocks(source, bpe, num_tokens + 1, 0)
+    for step in (0, 0, 1):
+        with pytest.raises(ValueError, match=f"short.parquet does not make one block of length {num_tokens + 1}"):
+            blocks.batch(1, step)
+    source = write_parquet(tmp_path / "blank.parquet", ["", ""])
+    with pytest.raises(ValueError, match="blank.parquet does not make one block of length 4"):
+        StreamedBlocks(source, character_tokenizer(), 4, 0).batch(1, 0)
+
+
+def test_bad_arguments_of_a_stream(tmp_path: Path, documents: str, bpe: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="length must be at least 1, got 0"):
+        StreamedBlocks(documents, bpe, 0, 0)
+    with pytest.raises(ValueError, match="shuffle_buffer must be at least 1, got -1"):
+        StreamedBlocks(documents, bpe, 16, 0, -1)
+    with pytest.raises(FileNotFoundError, match="none.parquet"):
+        StreamedBlocks("none.parquet", bpe, 16, 0)
+    source = write_parquet(tmp_path / "null.parquet", ["x", None])
+    with pytest.raises(ValueError, match="null.parquet: .*None in row 1"):
+        StreamedBlocks(source, bpe, 16, 0).batch(1, 0)
+
+
+def test_the_fingerprint_of_a_stream_follows_what_it_depends_on(
+    tmp_path: Path, documents: str, bpe: PreTrainedTokenizerFast, characters: PreTrainedTokenizerFast
+) -> None:
+    def fingerprint(tokenizer=bpe, length=16, seed=0, shuffle_buffer=10, **others) -> str:
+        return StreamedBlocks(documents, tokenizer, length, seed, shuffle_buffer, **others).fingerprint
+
+    before = fingerprint()
+    assert fingerprint() == before
+    changes = ({"tokenizer": characters}, {"length": 17}, {"seed": 1}, {"shuffle_buffer": 11}, {"text_column": "t"})
+    assert len({before} | {fingerprint(**change) for change in changes}) == 6
+    write_parquet(Path(documents) / "train-1.parquet", ["another text"])
+    assert fingerprint() != before
+
+
+def make_blocks(
+    out: Path, tokenizer: PreTrainedTokenizerFast, source: str, rank: int = 0, world_size: int = 1, **changes
+) -> Blocks:
+    values = {"validation_data": SAMPLE, "batch_size": 3, "gradient_accumulation_steps": 2, "streaming": True}
+    arguments = PretrainArguments(data=source, output_dir=str(out), tokenizer="", **(values | changes))
+    accelerator = SimpleNamespace(
+        process_index=rank, num_processes=world_size, device="cpu", main_process_first=contextlib.nullcontext
+    )
+    return Blocks(arguments, tokenizer, 16, accelerator)
+
+
+def test_batches_of_a_training_from_a_stream(tmp_path: Path, documents: str, bpe: PreTrainedTokenizerFast) -> None:
+    places = [(step, micro_step) for step in range(8) for micro_step in range(2)]
+    one = make_blocks(tmp_path, bpe, documents, batch_size=6, shuffle_buffer=10)
+    two = [make_blocks(tmp_path, bpe, documents, rank, 2, shuffle_buffer=10) for rank in range(2)]
+    batches = [one.batch(*place) for place in places]
+    for place, batch_BL in zip(places, batches, strict=True):
+        assert torch.equal(torch.cat([blocks.batch(*place) for blocks in two]), batch_BL)
+    direct = StreamedBlocks(documents, bpe, 16, one.arguments.seed, 10)
+    assert torch.equal(direct.batch(6 * len(places), 0), torch.cat(batches))
+    assert one.fingerprint == two[1].fingerprint == direct.fingerprint
+
+    resumed = make_blocks(tmp_path, bpe, documents, batch_size=6, shuffle_buffer=10)
+    assert torch.equal(resumed.batch(7, 0), batches[14]) and torch.equal(resumed.batch(7, 1), batches[15])
+    # Of the ids of the text only those of the validation text are kept.
+    assert [path.name.split(".")[0] for path in (tmp_path / "tokens").iterdir()] == [Path(SAMPLE).stem]
+    assert torch.equal(
+        next(one.validation_batches(2))[0],
+        next(make_blocks(tmp_path, bpe, documents, streaming=False).validation_batches(2))[0],
+    )
+
+
+def test_hub_names_are_streamed(
+    tmp_path: Path, bpe: PreTrainedTokenizerFast, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = {"train": [f"text {i}" for i in range(30)], "validation": ["held out text"] * 9}
+    revision, calls = "a" * 40, []
+
+    def generate(files: list[str], column: str):
+        for text in texts[files[0].rsplit("/", 1)[1]]:
+            yield {"id": 0, column: text}
+
+    def load_dataset(name: str, config: str | None, split: str, streaming: bool):
+        calls.append((name, config, split, streaming))
+        if split == "validation" and name == "owner/only-train":
+            raise ValueError("Bad split: validation. Available splits: ['train']")
+        column = "body" if name == "owner/body" else "text"
+        if not streaming:
+            return datasets.Dataset.from_dict({column: texts[split]})
+        kwargs = {"files": [f"hf://datasets/{name}@{revision}/{split}"], "column": column}
+        return datasets.IterableDataset.from_generator(generate, gen_kwargs=kwargs)
+
+    monkeypatch.setitem(sys.modules, "datasets", datasets)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+    source = write_parquet(tmp_path / "texts.parquet", texts["train"])
+    blocks = make_blocks(tmp_path, bpe, "owner/name:config", validation_data="", shuffle_buffer=4)
+    assert calls[0] == ("owner/name", "config", "train", True)
+    assert calls[1:] == [("owner/name", "config", "validation", streaming) for streaming in (True, False)]
+    assert torch.equal(blocks.train.batch(40, 0), StreamedBlocks(source, bpe, 16, 0, 4).batch(40, 0))  # two epochs
+    assert bpe.decode(blocks.validation.tokens) == "held out text<|endoftext|>" * 9
+
+    same = make_blocks(tmp_path, bpe, "owner/name:config", validation_data="", shuffle_buffer=4)
+    assert same.fingerprint == blocks.fingerprint
+    revision = "b" * 40
+    other = make_blocks(tmp_path, bpe, "owner/name:config", validation_data="", shuffle_buffer=4)
+    assert other.fingerprint != blocks.fingerprint
+
+    calls.clear()
+    with pytest.raises(ValueError, match="validation_data='' gives no .*owner/only-train: .*'validation': Bad split"):
+        make_blocks(tmp_path, bpe, "owner/only-train", validation_data="")
+    assert all(streaming for *_, streaming in calls)  # nothing is downloaded before the error
+    make_blocks(tmp_path, bpe, "owner/only-train")
+    with pytest.raises(ValueError, match=r"owner/body: no column 'text'; the columns are \['id', 'body'\]"):
+        make_blocks(tmp_path, bpe, "owner/body")
+    texts["train"] = []
+    with pytest.raises(ValueError, match="owner/name: no column 'text'"):
+        make_blocks(tmp_path, bpe, "owner/name")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import MASK, chain_law, completions, exact_energy, law_p_k, log_mu, make_toy, p_value
 
@@ -17,7 +18,7 @@ from modeling_edlm import EDLMConfig, EDLMForCausalLM, EDLMGenerationConfig
 from modeling_edlm.energy import causal_log_prob
 from modeling_edlm.likelihood import log_partition
 from modeling_edlm.schedule import conditioning
-from training.train_energy import contrast
+from training.contrast import contrast
 
 FREE = (MASK, MASK, MASK)
 ALWAYS = {"energy_window": (1.0, 0.0), "seed": 0}
@@ -131,13 +132,13 @@ def test_07_the_first_token_counts_on_both_sides(energy_type):
 
 def test_08_the_proposal_has_no_dropout():
     model = make_toy("nce", length=8)
-    x0, t = torch.randint(0, MASK, (4, 8)), torch.full((4,), 0.7)
+    x0, t, u = torch.randint(0, MASK, (4, 8)), torch.full((4,), 0.7), torch.rand(4, 8)
     model.denoiser.train()
     with pytest.raises(ValueError, match="denoiser must be in eval mode"):
-        contrast(model.denoiser, x0, t, None)
+        contrast(model.denoiser, x0, t, None, u, 0)
     model.denoiser.eval()
-    positive, negative, xt = contrast(model.denoiser, x0, t, None)
-    assert torch.equal(positive, x0) and torch.equal(negative[xt != MASK], x0[xt != MASK])
+    positive, negatives, xt = contrast(model.denoiser, x0, t, None, u, 0)
+    assert torch.equal(positive, x0) and torch.equal(negatives[:, 0][xt != MASK], x0[xt != MASK])
 
 
 def test_09_the_average_of_the_weights_is_what_is_saved(tmp_path):
@@ -162,10 +163,11 @@ def test_09_the_average_of_the_weights_is_what_is_saved(tmp_path):
         model,
         loss_fn=loss_fn,
         evaluate=lambda m, is_last: {},
-        save=lambda m, folder: saved.update(weight=float(m.weight.detach())),
+        save=lambda m, weights, folder: saved.update(weight=float(weights["weight"])),
         accelerator=Accelerator(cpu=True),
     )
-    weights = seen[1:] + [float(model.weight.detach())]
+    weights = seen[1:] + [float(load_file(tmp_path / "checkpoint.safetensors")["model.weight"])]
+    assert float(model.weight.detach()) == saved["weight"]  # what is returned is the average too
     average = weights[0]
     for n, weight in enumerate(weights[1:], start=1):
         decay = min(0.9, (1 + n) / (10 + n))

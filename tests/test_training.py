@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from toy import MASK, completions, log_mu, make_toy
 
 from modeling_edlm import EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
-from modeling_edlm.energy import nce_loss
 from training import compose, pretrain, report, train_energy
+from training.contrast import LOSSES, contrast, energies, step_times
 from training.data import character_tokenizer
-from training.train_energy import contrast, draw_times, energies
+from training.trainer import row_draws
 
 DATA = str(Path(__file__).parent / "fixtures" / "wiki27-sample.parquet")
 
@@ -263,25 +263,30 @@ def test_the_losses_are_what_they_are_called(trained):
 
 
 def test_step_energy_times_are_those_of_a_sampler():
-    torch.manual_seed(0)
-    t, s = draw_times(1000, "xs", torch.device("cpu"))
+    t, u = row_draws(0, 1000, 8)
+    t, s = step_times(t, 1, "xs")
     assert (s >= 0).all() and (t <= 1).all() and (t > s).all()
     steps = 1 / (t - s)
     torch.testing.assert_close(steps, steps.round(), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(t * steps, (t * steps).round(), rtol=1e-3, atol=1e-3)
-    x0 = torch.randint(0, 3, (1000, 8))
+    x0 = torch.randint(0, 3, (1000, 8), generator=torch.Generator().manual_seed(0))
     model = make_toy("nce", "xs", length=8)
-    positive, negative, xt = contrast(model.denoiser, x0, t, s)
+    positive, negatives, xt = contrast(model.denoiser, x0, t, s, u, 0, num_negatives=2)
     revealed = (xt == MASK) & (positive != MASK)
     assert torch.equal(positive[revealed], x0[revealed])
-    assert torch.equal(positive == MASK, negative == MASK)
-    assert torch.equal(positive[~revealed], negative[~revealed])
+    for negative in negatives.unbind(1):
+        assert torch.equal(positive == MASK, negative == MASK)
+        assert torch.equal(positive[~revealed], negative[~revealed])
+    assert not torch.equal(*negatives.unbind(1))
     assert float(revealed.sum() / (xt == MASK).sum()) == pytest.approx(float((t - s).sum() / t.sum()), abs=0.03)
 
 
-@pytest.mark.parametrize("target", ["x0", "xs"])
-def test_nce_finds_log_mu_minus_log_q(target):
-    """On a toy language of three tokens the trained energy approaches its optimum, at every completion of a state."""
+@pytest.mark.parametrize("target, loss, num_negatives", [("x0", "nce", 1), ("xs", "nce", 3), ("xs", "ranking", 3)])
+def test_nce_finds_log_mu_minus_log_q(target, loss, num_negatives):
+    """On a toy language of three tokens the trained energy approaches its optimum, at every completion of a state.
+
+    Ranking leaves a constant free that no choice among candidates depends on.
+    """
     model = make_toy("nce", target, seed=2, dropout=0.0)
     for parameter in model.denoiser.head.linear.parameters():
         parameter.data *= 0.1  # a proposal that covers the language, as a trained one does
@@ -293,16 +298,15 @@ def test_nce_finds_log_mu_minus_log_q(target):
     energy = model.energy_model.train()
     optimizer = torch.optim.Adam(energy.parameters(), 5e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1200)
-    xt = torch.tensor([state]).expand(512, -1)
-    times = torch.full((512,), t if s is None else s)
+    rows = 1024 // (1 + num_negatives)
+    xt = torch.tensor([state]).expand(rows, -1)
+    times = torch.full((rows,), t if s is None else s)
     consistent = (texts[:, 1] == 1).float() * language
     for _ in range(1200):
-        x0 = texts[torch.multinomial(consistent, 512, replacement=True)]
-        x_BKL, _ = model.denoiser.propose(xt, xt == MASK, 1, int(torch.randint(2**62, ())), t=t)
-        data, proposal = energies(energy, x0, x_BKL[:, 0], xt, times, None)
-        loss = nce_loss(data, proposal)
+        x0 = texts[torch.multinomial(consistent, rows, replacement=True)]
+        x_BKL, _ = model.denoiser.propose(xt, xt == MASK, num_negatives, int(torch.randint(2**62, ())), t=t)
         optimizer.zero_grad()
-        loss.backward()
+        LOSSES[loss](*energies(energy, x0, x_BKL, xt, times, None)).backward()
         optimizer.step()
         schedule.step()
     candidates = torch.tensor(completions(state, (0, 2)))
@@ -311,6 +315,8 @@ def test_nce_finds_log_mu_minus_log_q(target):
     with torch.no_grad():
         learned = model.eval().energy(candidates, torch.tensor([state]).expand(9, -1), float(times[0])).double()
     mu = log_mu(model, state, t, (0, 2)).exp()
+    if loss == "ranking":
+        learned = learned + (mu * (optimum - learned)).sum()
     assert float(optimum.std()) > 0.5  # there is something to learn
     assert float((mu * (learned - optimum).abs()).sum()) < 0.1
     corrected = (mu.log() - learned).softmax(0)

@@ -1,17 +1,21 @@
 """Text to token blocks: read a corpus, tokenize it once into a memory-mapped file, cut blocks, draw batches.
 
-A batch is a pure function of (seed, step, rank), so that a resumed run sees what an uninterrupted one would have seen.
+A corpus too large for that is streamed: read, tokenized, cut and shuffled while batches are drawn, and not kept. Either
+way a batch is a pure function of (seed, step, rank), so that a resumed run sees what an uninterrupted one would have
+seen.
 
 Shapes: B batch of one rank, L length of a block, N tokens of the stream.
 """
 
 import hashlib
 import json
+import math
 import os
 import re
 import uuid
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -31,28 +35,29 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 # ---- reading
 
 
-def read_texts(source: str, split: str = "train", text_column: str = "text") -> Iterator[str]:
+def read_texts(source: str, split: str = "train", text_column: str = "text", streaming: bool = False) -> Iterator[str]:
     """Yields the documents of `source`, one per parquet row or text file, in a fixed order.
 
     Parquet is read row group by row group; a text file is one document, held in memory whole.
 
     `source` is a .parquet or .txt file (`split` then plays no part); a folder, whose `{split}*.parquet` are read in
     sorted order, else its `{split}*.txt`, else, for "train" alone, all its *.txt; or the name of a data set on the
-    Hub, `name` or `name:config`, for which the package `datasets` is needed.
+    Hub, `name` or `name:config`, for which the package `datasets` is needed. That is downloaded whole, in all its
+    splits, before the first document comes, or with `streaming` read over the network as the documents are asked for.
 
     Raises FileNotFoundError for a source that is not there, ImportError for a Hub name without `datasets`, and
     ValueError for a file that is empty, unreadable, not UTF-8 or without the column, each naming file and reason.
     """
-    return _open(source, split, text_column)[1]
+    return _open(source, split, text_column, streaming)[1]()
 
 
-def _open(source: str, split: str, text_column: str) -> tuple[list, Iterator[str]]:
-    """What identifies the text of `source` (names, sizes, times), and its documents."""
+def _open(source: str, split: str, text_column: str, streaming: bool) -> tuple[list, Callable[[], Iterator[str]]]:
+    """What identifies the text of `source` (names, sizes, times, revision), and its documents: each call, all anew."""
     path = Path(source)
     if path.exists():
         files = _split_files(path, split) if path.is_dir() else [path]
         origin = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        return origin, (text for file in files for text in _file_texts(file, text_column))
+        return origin, lambda: (text for file in files for text in _file_texts(file, text_column))
     if path.suffix in (".parquet", ".txt") or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", source):
         raise FileNotFoundError(f"{source}: no such file or folder")
     try:
@@ -62,13 +67,21 @@ def _open(source: str, split: str, text_column: str) -> tuple[list, Iterator[str
         raise ImportError(message) from error
     name, _, config = source.partition(":")
     try:
-        data = load_dataset(name, config or None, split=split)
+        data = load_dataset(name, config or None, split=split, streaming=streaming)
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(f"{source!r} is no file or folder, nor can the Hub give it: {error}") from error
-    if text_column not in data.column_names:
-        raise ValueError(f"{source}: no column {text_column!r}; the columns are {data.column_names}")
-    texts = (row[text_column] for row in data.select_columns([text_column]))
-    return [source, split, data._fingerprint], _checked(texts, f"{source}: column {text_column!r}")
+    except ValueError as error:  # there is no such split or configuration
+        raise ValueError(f"{source}: cannot load its split {split!r}: {error}") from error
+    columns = data.column_names or list(next(iter(data), {}))  # a stream may know them from its rows only
+    if text_column not in columns:
+        raise ValueError(f"{source}: no column {text_column!r}; the columns are {columns}")
+    if streaming:  # no fingerprint, but the addresses of the files, with the revision of the repo in them
+        files = repr(getattr(data._ex_iterable, "kwargs", None))
+        made_from = sorted(set(re.findall(r"hf://[^'\"]+", files)))
+    else:
+        made_from = data._fingerprint
+    rows, where = data.select_columns([text_column]), f"{source}: column {text_column!r}"
+    return [source, split, made_from], lambda: _checked((row[text_column] for row in rows), where)
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
@@ -133,25 +146,37 @@ def tokenize(
 
     Raises what `read_texts` raises, and ValueError if there is no token or the tokenizer refuses a text.
     """
-    if join not in ("eos", "none"):
-        raise ValueError(f"join must be 'eos' or 'none', not {join!r}")
-    separator = [] if join == "none" or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    origin, texts = _open(source, split, text_column)
-    backend = _plain_backend(tokenizer)
-    made_from = json.dumps([origin, text_column, backend.to_str(), separator])
+    made_from, encode, dtype = _encoder(source, tokenizer, split, text_column, join)
     label = Path(source).stem if Path(source).is_file() else f"{Path(source).name}-{split}"
     label = re.sub(r"[^\w.-]", "-", label)
-    path = Path(out_dir) / f"{label}.{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.npy"
+    path = Path(out_dir) / f"{label}.{_sha256(made_from)[:16]}.npy"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        dtype = np.min_scalar_type(max(tokenizer.get_vocab().values()))
         temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
         try:
-            _write_npy(temporary, _encode(source, texts, backend, separator, dtype), dtype)
+            _write_npy(temporary, encode(), dtype)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     return np.load(path, mmap_mode="r")
+
+
+def _encoder(
+    source: str, tokenizer: PreTrainedTokenizerFast, split: str, text_column: str, join: str, streaming: bool = False
+) -> tuple[list, Callable[[], Iterator[np.ndarray]], np.dtype]:
+    """What identifies the ids of `source`, the ids themselves, in parts, each call anew, and their dtype."""
+    if join not in ("eos", "none"):
+        raise ValueError(f"join must be 'eos' or 'none', not {join!r}")
+    separator = [] if join == "none" or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    origin, texts = _open(source, split, text_column, streaming)
+    backend = _plain_backend(tokenizer)
+    dtype = np.min_scalar_type(max(tokenizer.get_vocab().values()))
+    made_from = [origin, text_column, backend.to_str(), separator]
+    return made_from, lambda: _encode(source, texts(), backend, separator, dtype, streaming), dtype
+
+
+def _sha256(made_from: list) -> str:
+    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
 
 
 def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
@@ -164,12 +189,12 @@ def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 
 def _encode(
-    source: str, texts: Iterator[str], backend: Tokenizer, separator: list[int], dtype: np.dtype
+    source: str, texts: Iterator[str], backend: Tokenizer, separator: list[int], dtype: np.dtype, quiet: bool
 ) -> Iterator[np.ndarray]:
     """Yields the ids of the documents, each with `separator` behind it, many documents at a time."""
     lookup = _character_lookup(backend)
     first = 0
-    with tqdm(desc=f"tokenizing {source}", unit="char", unit_scale=True, disable=None) as progress:
+    with tqdm(desc=f"tokenizing {source}", unit="char", unit_scale=True, disable=quiet or None) as progress:
         for batch in _batches(texts):
             ids = [lookup(text) for text in batch]
             rest = [text for text, known in zip(batch, ids, strict=True) if known is None]
@@ -314,3 +339,93 @@ def step_batch_indices(
 @lru_cache(maxsize=4)  # this epoch's and the next one's, for a training and another set
 def _permutation(num_blocks: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(num_blocks)
+
+
+# ---- streamed blocks
+
+
+class StreamedBlocks:
+    """Blocks (L,) of `source`, read, tokenized and shuffled as they are asked for, epoch after epoch; none is kept.
+
+    An epoch has the consecutive whole blocks of the token stream of `tokenize`, each once; the tokens behind the last
+    whole block are dropped, in every epoch. A buffer of `shuffle_buffer` blocks gives up a random one for each that
+    comes in, and empties at the end of the epoch: a permutation of all blocks where it holds them all, the order of
+    the text where it holds one. What is drawn depends on the seed and the epoch alone.
+
+    Every process reads the whole text and skips the blocks of the others.
+
+    `fingerprint` is a hash of what the blocks depend on: names, sizes and times of the files, or the revision of the
+    data set; tokenizer, length, seed and buffer.
+
+    Raises what `read_texts` raises, and ValueError if length or shuffle_buffer are less than 1.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        tokenizer: PreTrainedTokenizerFast,
+        length: int,
+        seed: int,
+        shuffle_buffer: int = 10_000,
+        split: str = "train",
+        text_column: str = "text",
+    ):
+        for name, value in {"length": length, "shuffle_buffer": shuffle_buffer}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        made_from, self._encode, self._dtype = _encoder(source, tokenizer, split, text_column, "eos", streaming=True)
+        self.fingerprint = _sha256([*made_from, length, seed, shuffle_buffer])
+        self.source, self.length, self.seed, self.shuffle_buffer = source, length, seed, shuffle_buffer
+        self._place, self._blocks = 0, self._endless()
+
+    def batch(self, batch_size: int, step: int, rank: int = 0, world_size: int = 1) -> torch.Tensor:
+        """The blocks, int64 (B, L), that `rank` trains on in `step` (from 0): a pure function of its arguments.
+
+        As with `step_batch_indices`, the global batches, of batch_size * world_size, are cut from the epochs laid end
+        to end, and each rank takes its contiguous slice. A later step than the next is reached by reading on, an
+        earlier one by reading from the beginning.
+
+        Raises ValueError if the text cannot be read or tokenized, or does not make one block.
+        """
+        place = (step * world_size + rank) * batch_size
+        if place < self._place:
+            self._place, self._blocks = 0, self._endless()
+        skipped = range(self._place, place)
+        self._place = math.inf  # broken off by an error or a key, the stream is of no more use
+        bar = {"desc": f"skipping blocks of {self.source}", "unit": "block", "delay": 5, "leave": False}
+        for _ in tqdm(skipped, **bar, disable=True if rank else None):
+            next(self._blocks)
+        blocks = [next(self._blocks) for _ in range(batch_size)]
+        self._place = place + batch_size
+        return torch.from_numpy(np.stack(blocks).astype(np.int64))
+
+    def _endless(self) -> Iterator[np.ndarray]:
+        for epoch in count():
+            block = None
+            for block in _shuffled(self._epoch(), self.shuffle_buffer, np.random.default_rng((self.seed, epoch))):
+                yield block
+            if block is None:
+                raise ValueError(f"the text of {self.source} does not make one block of length {self.length}")
+
+    def _epoch(self) -> Iterator[np.ndarray]:
+        """The blocks (L,) in the order of the text."""
+        rest = np.empty(0, self._dtype)
+        for ids in self._encode():
+            rest = np.concatenate((rest, ids))
+            whole = len(rest) - len(rest) % self.length
+            for block in rest[:whole].reshape(-1, self.length):
+                yield block.copy()  # a view in the buffer would keep all of `rest` in memory
+            rest = rest[whole:]
+
+
+def _shuffled(blocks: Iterator[np.ndarray], size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    buffer = []
+    for block in blocks:
+        if len(buffer) < size:
+            buffer.append(block)
+        else:
+            i = rng.integers(size)
+            yield buffer[i]
+            buffer[i] = block
+    for i in rng.permutation(len(buffer)):
+        yield buffer[i]

@@ -19,8 +19,17 @@ from modeling_edlm import EDLMConfig, EDLMForCausalLM, EDLMForMaskedLM
 from modeling_edlm.backbone import log_probs
 from modeling_edlm.schedule import antithetic_times, q_sample
 
-from .data import PackedTokens, step_batch_indices, tokenize
-from .trainer import LoopArguments, fingerprint, make_accelerator, parse_arguments, step_seed, train
+from .data import PackedTokens, StreamedBlocks, read_texts, step_batch_indices, tokenize
+from .trainer import (
+    LoopArguments,
+    fingerprint,
+    global_rows,
+    make_accelerator,
+    parse_arguments,
+    row_draws,
+    step_seed,
+    train,
+)
 
 
 @dataclass(kw_only=True)
@@ -29,6 +38,12 @@ class DataArguments:
     validation_data: str = field(default="", metadata={"help": "the same for evaluation; default: data's own split"})
     text_column: str = "text"
     cache_dir: str = field(default="", metadata={"help": "where token ids are kept; default: output_dir/tokens"})
+    streaming: bool = field(
+        default=False, metadata={"help": "read and tokenize the training text, not validation's, while training"}
+    )
+    shuffle_buffer: int = field(
+        default=10_000, metadata={"help": "streaming: blocks held, of which a random one is drawn; 1: no shuffling"}
+    )
     eval_blocks: int = field(default=256, metadata={"help": "validation blocks of the evaluations on the way"})
     final_eval_blocks: int = field(default=4096, metadata={"help": "validation blocks of the last evaluation"})
 
@@ -50,6 +65,8 @@ class PretrainArguments(LoopArguments, DataArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.patience:
+            raise ValueError(f"patience is for energies, got {self.patience}")
         if self.objective not in ("mdlm", "ar"):
             raise ValueError(f"objective must be mdlm or ar, got {self.objective!r}")
 
@@ -78,7 +95,11 @@ def load_trained(path: str) -> EDLMForMaskedLM | EDLMForCausalLM:
 
 
 class Blocks:
-    """Training and validation blocks, and the batch of any step of this process."""
+    """Training and validation blocks, and the batch of any step of this process.
+
+    `train` is a `PackedTokens`, or with `streaming` a `StreamedBlocks`, which has no length. `fingerprint` is a hash of
+    the training tokens, or with `streaming` of what they are made from.
+    """
 
     def __init__(self, arguments: DataArguments, tokenizer: PreTrainedTokenizerFast, length: int, accelerator):
         cache_dir = arguments.cache_dir or Path(arguments.output_dir) / "tokens"
@@ -87,23 +108,36 @@ class Blocks:
         if not arguments.validation_data and Path(validation).is_file():
             raise ValueError(f"validation_data must be given when data is one file, {arguments.data}")
         with accelerator.main_process_first():  # the others read what the first has written
-            tokens = tokenize(arguments.data, tokenizer, cache_dir, "train", arguments.text_column)
+            if arguments.streaming:
+                self.train = StreamedBlocks(
+                    arguments.data,
+                    tokenizer,
+                    length,
+                    arguments.seed,
+                    arguments.shuffle_buffer,
+                    text_column=arguments.text_column,
+                )
+                self.fingerprint = self.train.fingerprint
+                try:  # first as a stream: a Hub data set would be downloaded before it shows to lack the split
+                    read_texts(validation, split, arguments.text_column, streaming=True)
+                except (FileNotFoundError, ValueError) as error:
+                    value = arguments.validation_data
+                    raise ValueError(f"validation_data={value!r} gives no validation text: {error}") from error
+            else:
+                tokens = tokenize(arguments.data, tokenizer, cache_dir, "train", arguments.text_column)
+                self.train, self.fingerprint = PackedTokens(tokens, length), fingerprint(tokens)
             validation_tokens = tokenize(validation, tokenizer, cache_dir, split, arguments.text_column)
-        self.fingerprint = fingerprint(tokens)
-        self.train, self.validation = PackedTokens(tokens, length), PackedTokens(validation_tokens, length)
+        self.validation = PackedTokens(validation_tokens, length)
         self.arguments, self.accelerator = arguments, accelerator
 
     def batch(self, step: int, micro_step: int) -> torch.Tensor:
         """(B, L) int64 on the device: a function of the seed, the step and the process."""
         arguments, accelerator = self.arguments, self.accelerator
-        indices = step_batch_indices(
-            len(self.train),
-            arguments.batch_size,
-            step * arguments.gradient_accumulation_steps + micro_step,
-            arguments.seed,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
+        batch_size, number = arguments.batch_size, step * arguments.gradient_accumulation_steps + micro_step
+        process = accelerator.process_index, accelerator.num_processes
+        if arguments.streaming:
+            return self.train.batch(batch_size, number, *process).to(accelerator.device)
+        indices = step_batch_indices(len(self.train), batch_size, number, arguments.seed, *process)
         return torch.stack([self.train[int(i)]["input_ids"] for i in indices]).to(accelerator.device)
 
     def validation_batches(self, num_blocks: int):
@@ -192,9 +226,9 @@ def main(argv: list[str] | None = None):
             if is_ar:
                 loss = ar_loss(model, x0_BL, config.bos_token_id, config.mask_token_id).mean()
             else:
-                # t below 0.001 masks nothing in most blocks and weighs a thousandfold when it does
-                t_B = antithetic_times(torch.rand((), device=x0_BL.device), len(x0_BL)).clamp(min=1e-3)
-                u_BL = torch.rand(x0_BL.shape, device=x0_BL.device)
+                rows_B, num_rows = global_rows(arguments, accelerator, micro_step)
+                t_G, u_GL = row_draws(step_seed(arguments.seed, step), num_rows, x0_BL.shape[1])
+                t_B, u_BL = t_G[rows_B].to(x0_BL.device), u_GL[rows_B].to(x0_BL.device)
                 loss = mdlm_loss(model, x0_BL, t_B, u_BL, config.mask_token_id).mean() / x0_BL.shape[1]
         return loss, {"tokens": tokens}
 
@@ -202,11 +236,11 @@ def main(argv: list[str] | None = None):
         num_blocks = arguments.final_eval_blocks if is_last else arguments.eval_blocks
         return validation_nll(model, arguments.objective, blocks, num_blocks)
 
-    def save(model, folder):
-        model.save_pretrained(folder)
+    def save(model, weights, folder):
+        model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
 
-    train(arguments, model, loss_fn, evaluate, save, accelerator, {"text": blocks.fingerprint})
+    train(arguments, model, loss_fn, evaluate, save, accelerator, {"text": blocks.fingerprint}, blocks.batch)
 
 
 if __name__ == "__main__":

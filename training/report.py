@@ -26,7 +26,7 @@ from modeling_edlm import EDLMForCausalLM, EDLMModel
 from .data import PackedTokens, tokenize
 from .metrics import bits_per_character, summary, token_entropy
 from .pretrain import PretrainArguments
-from .results import PUBLIC_DATA, CommaLists, write_json
+from .results import PUBLIC_DATA, CommaLists, command, read_lines, write_json
 from .train_energy import EnergyArguments
 from .trainer import parse_arguments
 
@@ -61,16 +61,13 @@ def training_facts(run: Path, name: str) -> dict:
     with safe_open(run / "checkpoint.safetensors", "pt") as file:
         metadata = file.metadata()
     arguments = json.loads(metadata["arguments"])
-    fields = SCRIPTS[name].__dataclass_fields__
-    machine = {"num_threads", "cache_dir", "report_to", "resume", "checkpoint_minutes", "log_steps"}
-    changed = {k: v for k, v in arguments.items() if k not in machine and v != fields[k].default}
-    changed["data"] = PUBLIC_DATA / Path(changed["data"]).name
     script = "train_energy" if name == "energy" else "pretrain"
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    machine = {"num_threads", "cache_dir", "report_to", "resume", "checkpoint_minutes", "log_steps"}
+    rows = read_lines(run / "metrics.jsonl")
     curve = [row for row in rows if "seconds" in row]
     tokens = int(metadata["step"]) * next(int(row["tokens"]) for row in rows if "tokens" in row)
     return {
-        "command": f"python -m training.{script} " + " ".join(f"--{k} {v}" for k, v in changed.items()),
+        "command": command(script, (SCRIPTS[name], arguments), machine),
         "steps": int(metadata["step"]),
         "tokens": tokens,
         "minutes": curve[-1]["seconds"] / 60,

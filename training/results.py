@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 PUBLIC_DATA = Path("data")  # where a recorded command looks for a data set, wherever it was when it ran
@@ -43,3 +44,24 @@ def read_results(from_json: str) -> dict:
         return json.loads(Path(from_json).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"from_json must be a file of results, got {from_json!r}: {error}") from None
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The rows of a .jsonl file; none where there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def command(script: str, arguments, leave_out: Collection[str] = ()) -> str:
+    """The command line of `training.<script>` that gives these arguments (a dataclass, or its class and a dictionary).
+
+    Defaults and what is in `leave_out` are not in it; data are where a card says that they are.
+    """
+    kind, values = arguments if isinstance(arguments, tuple) else (type(arguments), vars(arguments))
+    fields = kind.__dataclass_fields__
+    changed = {k: v for k, v in values.items() if k in fields and k not in leave_out and v != fields[k].default}
+    for name in {"data", "validation_data"} & changed.keys():
+        if Path(changed[name]).exists():
+            changed[name] = PUBLIC_DATA / Path(changed[name]).name
+    return shlex.join(
+        ["python", "-m", f"training.{script}", *(str(x) for k, v in changed.items() for x in (f"--{k}", v))]
+    )

@@ -1,82 +1,118 @@
-"""Fine-tune an energy by noise contrastive estimation (EDLM, arXiv 2410.21357).
+"""Fine-tune an energy by noise contrastive estimation (EDLM, arXiv 2410.21357): a LoRA adapter or a whole network.
 
-    python -m training.train_energy --base runs/denoiser/model --data FOLDER --output_dir runs/energy
+    python -m training.train_energy --base hub_cards/edlm-wiki27 --data my.txt --validation_data held-out.txt \
+        --lora_r 16 --energy_target xs --output_dir runs/energy
 
 The data are told from what the denoiser, frozen and in eval mode, proposes for the same masked text. The energy starts
-from the denoiser's blocks. Negatives are drawn by the sampler's own code.
+from the denoiser's blocks: with `--lora_r` or `--head_only` it shares them and `output_dir/model` is an adapter, else
+it has a copy of its own. Negatives are drawn by the sampler's own code. What the trained energy is worth on held-out
+text is in `output_dir/evaluation.json` and `.png`.
 
-Shapes: B batch, K candidates, L length.
+Shapes: B rows of one micro-batch of one process, L length.
 """
 
-import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
 
 from modeling_edlm import EDLMEnergyModel, EDLMForMaskedLM
-from modeling_edlm.energy import nce_loss
-from modeling_edlm.schedule import antithetic_times, q_sample
+from modeling_edlm.adapter import add_lora, checksum, save_adapter
 
+from .contrast import LOSSES, accuracy, draw_contrast, energies
+from .energy_quality import held_out, plot, sampler_gains
 from .pretrain import Blocks, DataArguments
-from .trainer import LoopArguments, fingerprint, make_accelerator, parse_arguments, step_seed, train
+from .results import CommaLists, command, read_lines, write_json, write_whole
+from .trainer import LoopArguments, global_rows, make_accelerator, parse_arguments, step_seed, train
 
-NUM_BUCKETS = 5  # of t, in the evaluation
+NOT_RECORDED = "output_dir cache_dir num_threads report_to resume checkpoint_minutes log_steps max_minutes".split()
+CARD = """---
+library_name: peft
+base_model: {base}
+pipeline_tag: text-generation
+tags:
+- edlm
+- lora
+- masked-diffusion
+- energy-based-model
+---
+# An energy for {base}
+
+A LoRA adapter over the blocks of a masked diffusion model: it chooses among the model's own proposals (EDLM,
+[arXiv 2410.21357](https://arxiv.org/abs/2410.21357)). The model itself stays as it is.
+
+```python
+import modeling_edlm  # or trust_remote_code=True with AutoModel, where the code stands beside the base's weights
+model = modeling_edlm.EDLMModel.from_pretrained("{base}").load_energy("this folder or repo")
+ids = model.generate(batch_size=4, num_steps=8, num_candidates=8, energy_window=(1.0, 0.0), seed=0)
+```
+
+Energy of {target}; {trainable} trained parameters; {steps} steps.
+Loss: {loss}. Trained by
+
+```
+{command}
+```
+"""
 
 
 @dataclass(kw_only=True)
-class EnergyArguments(LoopArguments, DataArguments):
+class EnergyArguments(LoopArguments, DataArguments, CommaLists):
     base: str = field(metadata={"help": "folder or repo of the denoiser (or of a whole EDLM)"})
+    lora_r: int = field(default=0, metadata={"help": "rank of LoRA over the denoiser's own blocks; 0: train a copy"})
+    lora_alpha: float = field(default=0.0, metadata={"help": "the adapter's scale is lora_alpha / lora_r; 0: 2 lora_r"})
+    lora_dropout: float = 0.0
+    head_only: bool = field(default=False, metadata={"help": "train the head over the denoiser's blocks alone"})
+    loss: str = field(
+        default="nce", metadata={"help": "nce, as published; ranking: the sampler's bound with num_negatives + 1"}
+    )
+    num_negatives: int = field(default=1, metadata={"help": "proposals that each text is told from"})
     energy_target: str = field(default="x0", metadata={"help": "x0: full candidates, as published; xs: the next state"})
     energy_pooling: str = field(default="sum", metadata={"help": "sum over revealed positions, or mean, as published"})
     energy_num_layers: int = field(default=0, metadata={"help": "keep the denoiser's first blocks only; 0: all"})
     dropout: float = 0.0
+    eval_blocks: int = field(default=64, metadata={"help": "validation blocks of the evaluations on the way"})
+    final_eval_blocks: int = field(default=256, metadata={"help": "validation blocks of the last evaluation"})
+    eval_num_steps: str = field(default="4,16", metadata={"help": "steps of the sampler whose bound is measured last"})
+    eval_sequences: int = field(default=64, metadata={"help": "held-out texts for that bound; 0: leave it out"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("lora_r", "lora_alpha", "eval_sequences", "energy_num_layers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.num_negatives < 1:
+            raise ValueError(f"num_negatives must be at least 1, got {self.num_negatives}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {tuple(LOSSES)}, got {self.loss!r}")
+        if self.head_only and self.lora_r:
+            raise ValueError(f"head_only trains no adapter: leave lora_r at 0, got {self.lora_r}")
+        if self.eval_sequences and not self.listed("eval_num_steps", int):
+            raise ValueError(f"eval_num_steps must be numbers with commas between, got {self.eval_num_steps!r}")
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.head_only or self.lora_r > 0
+
+    def command(self) -> str:
+        return command("train_energy", self, NOT_RECORDED)
 
 
-def contrast(denoiser, x0_BL: torch.Tensor, t_B: torch.Tensor, s_B: torch.Tensor | None):
-    """The data and a proposal for the same masked text.
-
-    Args:
-        x0_BL: data. t_B: times of xt. s_B: times of the next state for a step energy, None for energies of x0.
-    Returns:
-        positive, negative, xt: (B, L) each.
-    Raises:
-        ValueError: the denoiser is in training mode, where dropout would spoil the proposal.
-    """
-    if any(module.training for module in denoiser.modules()):
-        raise ValueError("denoiser must be in eval mode: dropout would change the proposal")
-    mask = denoiser.config.mask_token_id
-    u_BL = torch.rand(x0_BL.shape, device=x0_BL.device)
-    xt_BL = q_sample(x0_BL, t_B, u_BL, mask)
-    # the same uniforms: what is clean at t is clean at s < t too
-    positive_BL = x0_BL if s_B is None else q_sample(x0_BL, s_B, u_BL, mask)
-    filled_BL = (xt_BL == mask) & (positive_BL != mask)
-    seed = int(torch.randint(2**62, ()))
-    x_BKL, _ = denoiser.propose(xt_BL, filled_BL.cpu(), num_candidates=1, seed=seed, t=t_B)
-    return positive_BL, x_BKL[:, 0], xt_BL
-
-
-def draw_times(batch_size: int, target: str, device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Stratified t (B,), and for a step energy the s (B,) of a sampler with T steps, T log-uniform in [2, 128]."""
-    t_B = antithetic_times(torch.rand((), device=device), batch_size)
-    t_B = t_B[torch.randperm(batch_size, device=device)].clamp(min=1e-3)
-    if target == "x0":
-        return t_B, None
-    num_steps_B = torch.exp2(1 + 6 * torch.rand(batch_size, device=device)).round()
-    t_B = (t_B * num_steps_B).ceil() / num_steps_B
-    return t_B, (t_B - 1 / num_steps_B).clamp(min=0)
-
-
-def energies(model, positive_BL, negative_BL, xt_BL, t_B, s_B) -> tuple[torch.Tensor, torch.Tensor]:
-    """E of the data and of the proposal, (B,) each, from one forward pass."""
-    time_B = t_B if s_B is None else s_B
-    both = model(torch.cat((positive_BL, negative_BL)), xt=xt_BL.repeat(2, 1), t=time_B.repeat(2)).logits[:, 0]
-    return both.chunk(2)
-
-
-def accuracy(data_B: torch.Tensor, proposal_B: torch.Tensor) -> torch.Tensor:
-    """(B,) share of the pair that the sign of the energy gets right; an energy of exactly zero is half right."""
-    return 0.5 + (proposal_B.sign() - data_B.sign()) / 4
+def new_energy(arguments: EnergyArguments, denoiser: EDLMForMaskedLM):
+    """The energy to be trained: an adapter over the denoiser, or a copy of its blocks."""
+    torch.manual_seed(arguments.seed)
+    model = EDLMEnergyModel.from_denoiser(
+        denoiser,
+        share_weights=arguments.is_adapter,
+        energy_target=arguments.energy_target,
+        energy_pooling=arguments.energy_pooling,
+        energy_num_layers=arguments.energy_num_layers or None,
+        dropout=arguments.dropout,
+    )
+    if arguments.is_adapter:
+        model = add_lora(model, arguments.lora_r, arguments.lora_alpha or None, arguments.lora_dropout)
+    return model
 
 
 def main(argv: list[str] | None = None):
@@ -88,55 +124,63 @@ def main(argv: list[str] | None = None):
     denoiser.eval().requires_grad_(False)
     if len(tokenizer) != denoiser.config.vocab_size:
         raise ValueError(f"base has vocab_size {denoiser.config.vocab_size}, its tokenizer has {len(tokenizer)} tokens")
-    torch.manual_seed(arguments.seed)
-    model = EDLMEnergyModel.from_denoiser(
-        denoiser,
-        energy_target=arguments.energy_target,
-        energy_pooling=arguments.energy_pooling,
-        energy_num_layers=arguments.energy_num_layers or None,
-        dropout=arguments.dropout,
-    )
+    model = new_energy(arguments, denoiser)
     blocks = Blocks(arguments, tokenizer, denoiser.config.max_position_embeddings, accelerator)
-    accelerator.print(f"energy: {sum(p.numel() for p in model.parameters()):,} parameters")
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    accelerator.print(f"energy: {trainable:,} trained of {sum(p.numel() for p in model.parameters()):,} parameters")
+    out_dir = Path(arguments.output_dir)
+    base_checksum = checksum(denoiser)
 
     def loss_fn(model, step, micro_step):
         x0_BL = blocks.batch(step, micro_step)
-        times = draw_times(len(x0_BL), arguments.energy_target, x0_BL.device)
+        rows_B, num_rows = global_rows(arguments, accelerator, micro_step)
+        seed = step_seed(arguments.seed, step)
         with accelerator.autocast():
-            data_B, proposal_B = energies(model, *contrast(denoiser, x0_BL, *times), *times)
-        correct = accuracy(data_B, proposal_B).mean()
-        tokens = x0_BL.numel() * arguments.gradient_accumulation_steps * accelerator.num_processes
-        return nce_loss(data_B, proposal_B), {"accuracy": correct, "tokens": tokens}
+            texts = draw_contrast(
+                denoiser, x0_BL, rows_B, num_rows, seed, arguments.energy_target, arguments.num_negatives
+            )
+            data_B, proposal_BJ = energies(model, *texts)
+        correct = accuracy(data_B.detach(), proposal_BJ.detach(), arguments.loss).mean()
+        return LOSSES[arguments.loss](data_B, proposal_BJ), {
+            "accuracy": correct,
+            "tokens": num_rows * x0_BL.shape[1],
+        }
 
     def evaluate(model, is_last):
-        """NCE loss and accuracy on held-out text, over all t and by bucket of t; chance is 1.386 and 0.5."""
-        num_blocks = arguments.final_eval_blocks if is_last else arguments.eval_blocks
-        all_times, data, proposal = [], [], []
-        with torch.random.fork_rng():
-            torch.manual_seed(step_seed(0, num_blocks))
-            for x0_BL, _ in blocks.validation_batches(num_blocks):
-                times = draw_times(len(x0_BL), arguments.energy_target, x0_BL.device)
-                with accelerator.autocast():
-                    data_B, proposal_B = energies(model, *contrast(denoiser, x0_BL, *times), *times)
-                for total, part in ((all_times, times[0]), (data, data_B), (proposal, proposal_B)):
-                    total.append(part.float().cpu())
-        t_N, data_N, proposal_N = map(torch.cat, (all_times, data, proposal))
-        row = {"validation_nce_loss": float(nce_loss(data_N, proposal_N)), "chance": 2 * math.log(2)}
-        correct_N = accuracy(data_N, proposal_N)
-        row |= {"validation_accuracy": float(correct_N.mean()), "validation_blocks": len(t_N)}
-        row |= {"energy_of_data": float(data_N.mean()), "energy_of_proposals": float(proposal_N.mean())}
-        bucket_N = (t_N * NUM_BUCKETS).ceil().clamp(min=1) - 1
-        for bucket in range(NUM_BUCKETS):
-            if (chosen_N := bucket_N == bucket).any():
-                row[f"accuracy_t<={(bucket + 1) / NUM_BUCKETS:g}"] = float(correct_N[chosen_N].mean())
-        return row
+        num_blocks = min(arguments.final_eval_blocks if is_last else arguments.eval_blocks, len(blocks.validation))
+        quality = held_out(model, denoiser, blocks, num_blocks, arguments, accelerator)
+        if is_last:
+            if arguments.eval_sequences:
+                quality["gains"] = sampler_gains(model, denoiser, blocks, arguments, accelerator)
+            if accelerator.is_main_process:
+                write_json(out_dir / "evaluation.json", {"command": arguments.command()} | quality)
+                curve = read_lines(out_dir / "metrics.jsonl")
+                write_whole(out_dir / "evaluation.png", lambda path: plot(quality, curve, path))
+                accelerator.print(f"\nevaluation: {out_dir / 'evaluation.json'}, .png")
+        gains = {f"gain_T{row['num_steps']}": row["bits_per_token"] for row in quality.get("gains", [])}
+        by_t = {f"{name}_t<={row['t']:g}": row[name] for row in quality["by_t"] for name in ("accuracy", "ess")}
+        return quality["all"] | by_t | gains
 
-    def save(model, folder):
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    def save(model, weights, folder):
+        if not arguments.is_adapter:
+            model.save_pretrained(folder, state_dict=weights)
+            tokenizer.save_pretrained(folder)
+            return
+        save_adapter(folder, model, denoiser, arguments.base, weights)
+        card = CARD.format(
+            base=arguments.base,
+            target="the next state" if arguments.energy_target == "xs" else "full candidates",
+            trainable=f"{trainable:,}",
+            steps=arguments.max_steps,
+            loss=f"{arguments.loss}, {arguments.num_negatives} negatives",
+            command=arguments.command(),
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
-    identity = {"text": blocks.fingerprint, "base": fingerprint(list(denoiser.state_dict().values()))}
-    train(arguments, model, loss_fn, evaluate, save, accelerator, identity)
+    identity = {"text": blocks.fingerprint, "base": base_checksum}
+    train(arguments, model, loss_fn, evaluate, save, accelerator, identity, blocks.batch, "validation_accuracy")
+    if checksum(denoiser) != base_checksum:
+        raise RuntimeError("the denoiser has changed while its energy was trained")
 
 
 if __name__ == "__main__":

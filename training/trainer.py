@@ -1,8 +1,11 @@
 """The training loop that every script shares: accelerate, EMA, schedule, metrics, checkpoints that resume exactly.
 
-Data and randomness of a step are functions of (seed, step, micro-batch, rank) alone, so a checkpoint needs weights,
-averages, optimizer moments and the step number, and nothing unpickled. It is one safetensors file, written under
-a temporary name and renamed.
+Data and randomness of a step are functions of (seed, step, row of the global batch), whatever the number of processes
+and micro-batches; only dropout depends on the process. So a checkpoint needs the trained weights, their averages,
+optimizer moments and the step number, and nothing unpickled. It is one safetensors file, written under a temporary name
+and renamed.
+
+Shapes: B rows of one micro-batch of one process, G rows of a global batch, L length.
 """
 
 import argparse
@@ -23,11 +26,18 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.optim.swa_utils import AveragedModel
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_scheduler
+
+from modeling_edlm.schedule import antithetic_times
+
+from .results import read_lines
+
+LEAST_TIME = 1e-3  # t below masks nothing in most blocks, and weighs a thousandfold in the bound when it does
 
 
 @dataclass(kw_only=True)
@@ -51,6 +61,9 @@ class LoopArguments:
     checkpoint_minutes: float = 5.0
     max_minutes: float = field(default=0.0, metadata={"help": "save and stop after so long; 0: no limit"})
     num_threads: int = field(default=0, metadata={"help": "CPU threads; 0: torch's default"})
+    patience: int = field(
+        default=0, metadata={"help": "stop after so many evaluations without a better one; the best is saved. 0: never"}
+    )
     resume: bool = field(default=False, metadata={"help": "go on from the checkpoint in output_dir"})
     report_to: str = field(default="auto", metadata={"help": "trackio, none, or auto: trackio where it is installed"})
 
@@ -58,6 +71,8 @@ class LoopArguments:
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_steps", "eval_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.patience < 0:
+            raise ValueError(f"patience must not be negative, got {self.patience}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
         if self.lr_schedule not in ("cosine", "constant_with_warmup"):
@@ -70,7 +85,8 @@ class LoopArguments:
 # lead to are held to their contents, by `identity`.
 FREE_ARGUMENTS = set(
     "output_dir log_steps eval_steps checkpoint_minutes max_minutes num_threads resume report_to data validation_data "
-    "cache_dir base init_from tokenizer gradient_checkpointing eval_blocks final_eval_blocks".split()
+    "cache_dir base init_from tokenizer gradient_checkpointing eval_blocks final_eval_blocks patience eval_num_steps "
+    "eval_sequences".split()
 )
 
 
@@ -95,17 +111,22 @@ def train(
     model: torch.nn.Module,
     loss_fn: Callable[[torch.nn.Module, int, int], tuple[torch.Tensor, dict]],
     evaluate: Callable[[torch.nn.Module, bool], dict],
-    save: Callable[[torch.nn.Module, Path], None],
+    save: Callable[[torch.nn.Module, dict[str, torch.Tensor], Path], None],
     accelerator: Accelerator,
     identity: dict[str, str] | None = None,
+    batch: Callable[[int, int], torch.Tensor] | None = None,
+    better: str | None = None,
 ) -> torch.nn.Module:
-    """Run the loop; returns the averaged model (the model itself without EMA).
+    """Run the loop over the parameters that require gradients; returns the model with its averaged weights.
 
     Args:
         loss_fn: `(model, step, micro_step) -> (loss, metrics)`; the global random generators are seeded before it.
         evaluate: `(averaged model, is_last) -> metrics`, run in eval mode without gradients.
-        save: writes the averaged model into a folder; the folder takes its final name when whole.
+        save: writes the model with these averaged weights (whole, on the CPU) into a folder, which takes its final name
+            when whole.
         identity: fingerprints of what the run depends on besides its arguments; a resumed run must have the same.
+        batch: `(step, micro_step) -> (B, L)`, kept in a file if the loss of a step is not finite.
+        better: the metric of `evaluate` that `patience` watches; larger is better.
     Raises:
         ValueError: output_dir holds a checkpoint and `resume` is off, or one that is corrupted or of another run.
         FloatingPointError: loss or gradient are not finite; no checkpoint holds such weights.
@@ -122,32 +143,39 @@ def train(
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.to(accelerator.device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": arguments.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, arguments.adam_beta2), fused=True)
+    optimizer = _optimizer(arguments, model)
     scheduler = get_scheduler(arguments.lr_schedule, optimizer, arguments.warmup_steps, arguments.max_steps)
     schedule = scheduler.lr_lambdas[0]  # used as a function of the step: nothing to save, nothing to restore
-    average = AveragedModel(model, multi_avg_fn=_ema(arguments.ema_decay)) if arguments.ema_decay else None
-    averaged = average.module if average else model
-    averaged.eval()
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    model = accelerator.unwrap_model(wrapped)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    averages = Averages(trained, arguments.ema_decay)
 
     step, seconds_before = 0, 0.0
     if checkpoint_path.exists():
-        step, seconds_before = _load(checkpoint_path, arguments, identity, model, averaged, average, optimizer)
+        step, seconds_before = _load(checkpoint_path, arguments, identity, trained, averages, optimizer)
         accelerator.print(f"resumed {checkpoint_path} at step {step}")
+    metrics_path = out_dir / "metrics.jsonl"
     if accelerator.is_main_process:
-        _drop_metrics_after(out_dir / "metrics.jsonl", step)
-    wrapped = accelerator.prepare_model(model)
+        _drop_metrics_after(metrics_path, step)
+    accelerator.wait_for_everyone()
+
+    def save_model():
+        weights = averages.weights()  # every process takes part
+        if accelerator.is_main_process:
+            with replaced_folder(out_dir / "model") as folder:
+                save(model, weights, folder)
 
     def checkpoint():
+        tensors = {f"model.{k}": _whole(v) for k, v in trained.items()}
+        tensors |= {f"average.{k}": v for k, v in averages.weights().items()} if averages.decay else {}
+        for i, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{k}": _whole(v) for k, v in state.items()}
         if accelerator.is_main_process:
             seconds = seconds_before + time.monotonic() - started
-            _save(checkpoint_path, arguments, identity, step, seconds, model, averaged, optimizer)
-            with replaced_folder(out_dir / "model") as folder:
-                save(averaged, folder)
+            _save(checkpoint_path, arguments, identity, step, seconds, tensors)
+        if not arguments.patience:
+            save_model()
         accelerator.wait_for_everyone()
 
     progress = tqdm(total=arguments.max_steps, initial=step, disable=not accelerator.is_main_process, smoothing=0.05)
@@ -155,54 +183,127 @@ def train(
     started = last_checkpoint = time.monotonic()
     with _stop_signal() as stopped:
         while step < arguments.max_steps:
-            model.train()
+            wrapped.train()
+            rows = []
             for micro_step in range(accumulation):
                 torch.manual_seed(step_seed(arguments.seed, step, micro_step, accelerator.process_index))
                 is_last = micro_step == accumulation - 1
                 with contextlib.nullcontext() if is_last else accelerator.no_sync(wrapped):
                     loss, metrics = loss_fn(wrapped, step, micro_step)
                     accelerator.backward(loss / accumulation)
-            norm = accelerator.clip_grad_norm_(parameters, arguments.max_grad_norm)
+                rows.append({"loss": loss.detach()} | metrics)
+            norm = accelerator.clip_grad_norm_(list(trained.values()), arguments.max_grad_norm)
+            if not math.isfinite(norm := float(_whole(norm))):
+                rows = [{k: float(v) for k, v in row.items()} for row in rows]
+                kept = _keep_batch(out_dir, step, accelerator, batch, accumulation)
+                raise FloatingPointError(
+                    f"loss or gradient are not finite in step {step}: gradient norm {norm}, {rows}. {kept}The weights "
+                    f"are as before that step; lower learning_rate"
+                )
             lr = arguments.learning_rate * schedule(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
-            if average:
-                average.update_parameters(model)
+            averages.update(step)
             step += 1
             progress.update()
 
             is_end = step == arguments.max_steps
-            if step % arguments.log_steps == 0 or is_end:
-                row = _finite({"loss": loss, "grad_norm": norm} | metrics, step)
-                _log(accelerator, out_dir, step, row | {"lr": lr})
-                progress.set_postfix({k: f"{v:.4g}" for k, v in row.items()} | _speed(progress, metrics))
-            if step % arguments.eval_steps == 0 or is_end:
-                with torch.no_grad():
-                    row = evaluate(averaged.eval(), is_end)
-                _log(accelerator, out_dir, step, {"seconds": seconds_before + time.monotonic() - started} | row)
-                accelerator.print(f"\nstep {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in row.items()))
-            minutes = (time.monotonic() - last_checkpoint) / 60
             out_of_time = arguments.max_minutes and time.monotonic() - started > 60 * arguments.max_minutes
+            stop = bool(stopped or out_of_time)
+            if step % arguments.log_steps == 0 or is_end:
+                row = _mean(rows, accelerator) | {"grad_norm": norm}
+                _log(accelerator, metrics_path, step, row | {"lr": lr})
+                progress.set_postfix({k: f"{v:.4g}" for k, v in row.items()} | _speed(progress, row))
+            if step % arguments.eval_steps == 0 or is_end:
+                with torch.no_grad(), averages.swapped_in():
+                    row = evaluate(model.eval(), is_end)
+                _log(accelerator, metrics_path, step, {"seconds": seconds_before + time.monotonic() - started} | row)
+                accelerator.print(f"\nstep {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in row.items()))
+                if arguments.patience:
+                    is_best, is_over = _verdict(metrics_path, better, arguments.patience)
+                    is_best, is_over = _first_process(accelerator, [is_best, is_over])
+                    if is_best:
+                        save_model()
+                    if is_over:
+                        accelerator.print(f"no better {better} in {arguments.patience} evaluations: stopped")
+                    stop |= is_over
+            minutes = (time.monotonic() - last_checkpoint) / 60
             # every process must take the same branch: the first one decides
-            decision = torch.tensor(
-                [minutes >= arguments.checkpoint_minutes or is_end, bool(stopped or out_of_time)],
-                device=accelerator.device,
-                dtype=torch.float32,
-            )
-            due, stop = _first_process(accelerator, decision)
+            due, stop = _first_process(accelerator, [minutes >= arguments.checkpoint_minutes or is_end, stop])
             if due or stop:
-                _finite({"loss": loss, "grad_norm": norm}, step)  # a checkpoint with NaN would replace a good one
                 checkpoint()
                 last_checkpoint = time.monotonic()
             if stop and not is_end:
                 accelerator.print(f"stopped at step {step} of {arguments.max_steps}; add --resume true to go on")
                 break
     progress.close()
+    averages.swap()
     accelerator.end_training()
-    accelerator.print(f"model: {out_dir / 'model'}\nmetrics: {out_dir / 'metrics.jsonl'}")
-    return averaged
+    accelerator.print(f"model: {out_dir / 'model'}\nmetrics: {metrics_path}")
+    return model
+
+
+def _optimizer(arguments: LoopArguments, model: torch.nn.Module) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": arguments.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, arguments.adam_beta2), fused=True)
+
+
+class Averages:
+    """Exponential averages of the trained parameters, whose decay warms up as in the published code.
+
+    The decay is min(decay, (1 + n) / (10 + n)), and 0 in the first step; with `decay` 0 there is no average, and the
+    parameter stands for it.
+    """
+
+    def __init__(self, trained: dict[str, torch.nn.Parameter], decay: float):
+        self.trained, self.decay = trained, decay
+        self.values = [p.detach().clone() for p in trained.values()] if decay else []
+
+    @torch.no_grad()
+    def update(self, n: int) -> None:
+        if self.decay:
+            decay = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
+            torch._foreach_lerp_(self.values, list(self.trained.values()), 1 - decay)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The averages by name, whole, on the CPU."""
+        return {k: _whole(v) for k, v in zip(self.trained, self.values or self.trained.values(), strict=True)}
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        for parameter, value in zip(self.trained.values(), self.values, strict=False):
+            current = parameter.clone()
+            parameter.copy_(value)
+            value.copy_(current)
+
+    @contextlib.contextmanager
+    def swapped_in(self):
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+
+def global_rows(arguments: LoopArguments, accelerator: Accelerator, micro_step: int) -> tuple[torch.Tensor, int]:
+    """Which rows of a step's global batch this micro-batch of this process is, int64 (B,), and their number G."""
+    B, world = arguments.batch_size, accelerator.num_processes
+    first = (micro_step * world + accelerator.process_index) * B
+    return torch.arange(first, first + B), arguments.gradient_accumulation_steps * world * B
+
+
+def row_draws(seed: int, num_rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stratified times (G,) in random order and uniforms (G, L), on the CPU: the masks of a global batch."""
+    generator = torch.Generator().manual_seed(seed)
+    t_G = antithetic_times(torch.rand((), generator=generator), num_rows).clamp(min=LEAST_TIME)
+    t_G = t_G[torch.randperm(num_rows, generator=generator)]
+    return t_G, torch.rand(num_rows, length, generator=generator)
 
 
 def make_accelerator(arguments: LoopArguments, **kwargs) -> Accelerator:
@@ -235,17 +336,6 @@ def replaced_folder(folder: Path):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _ema(decay: float):
-    """Exponential average whose decay warms up as in the published code: min(decay, (1 + n) / (10 + n))."""
-
-    @torch.no_grad()
-    def update(averages, currents, count):
-        n = int(count)
-        torch._foreach_lerp_(averages, currents, 1 - min(decay, (1 + n) / (10 + n)))
-
-    return update
-
-
 def fingerprint(arrays) -> str:
     """SHA-256 of the contents of a numpy array, or of tensors."""
     digest = hashlib.sha256()
@@ -254,11 +344,42 @@ def fingerprint(arrays) -> str:
     return digest.hexdigest()
 
 
-def _finite(row: dict, step: int) -> dict[str, float]:
-    row = {k: float(v.detach() if isinstance(v, torch.Tensor) else v) for k, v in row.items()}
-    if not all(map(math.isfinite, row.values())):
-        raise FloatingPointError(f"loss or gradient are not finite at step {step}: {row}; lower learning_rate")
-    return row
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on the CPU, gathered from all processes where it is in shards."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous().clone()
+
+
+@torch.no_grad()
+def _copy_into(target: torch.Tensor, value: torch.Tensor) -> None:
+    if isinstance(target, DTensor):
+        value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+    target.copy_(value)
+
+
+def _mean(rows: list[dict], accelerator: Accelerator) -> dict[str, float]:
+    """Means over micro-batches and processes."""
+    table = torch.tensor([[float(v) for v in row.values()] for row in rows], dtype=torch.float64).mean(0)
+    table = accelerator.reduce(table.to(accelerator.device, torch.float32), "mean").tolist()
+    return dict(zip(rows[0], table, strict=True))
+
+
+def _keep_batch(out_dir: Path, step: int, accelerator, batch, accumulation: int) -> str:
+    """Writes what this process was given in a step; says where."""
+    if batch is None:
+        return ""
+    path = out_dir / f"not-finite.step{step}.process{accelerator.process_index}.safetensors"
+    save_file({f"input_ids.{m}": batch(step, m).cpu() for m in range(accumulation)}, path, {"step": str(step)})
+    return f"The batch is in {path}. "
+
+
+def _verdict(path: Path, better: str, patience: int) -> tuple[bool, bool]:
+    """Whether the last evaluation is the best so far, and whether the best is `patience` evaluations ago."""
+    values = [row[better] for row in read_lines(path) if better in row]
+    if not values:  # a process that logs nothing
+        return False, False
+    best = max(range(len(values)), key=lambda i: (values[i], -i))
+    return best == len(values) - 1, len(values) - 1 - best >= patience
 
 
 def _drop_metrics_after(path: Path, step: int) -> None:
@@ -268,21 +389,18 @@ def _drop_metrics_after(path: Path, step: int) -> None:
         path.write_text("".join(line for line in lines if 0 < json.loads(line)["step"] <= step), encoding="utf-8")
 
 
-def _save(path: Path, arguments, identity: dict, step: int, seconds: float, model, averaged, optimizer) -> None:
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    if averaged is not model:
-        tensors |= {f"average.{k}": v for k, v in averaged.state_dict().items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+def _save(path: Path, arguments, identity: dict, step: int, seconds: float, tensors: dict) -> None:
     metadata = {"step": str(step), "seconds": str(seconds), "arguments": json.dumps(asdict(arguments))}
     metadata |= {"identity": json.dumps(identity)}
     temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata)
-    os.replace(temporary, path)
+    try:
+        save_file(tensors, temporary, metadata)
+        os.replace(temporary, path)
+    finally:  # of a full disk: what was there before is still there
+        temporary.unlink(missing_ok=True)
 
 
-def _load(path: Path, arguments, identity: dict, model, averaged, average, optimizer) -> tuple[int, float]:
+def _load(path: Path, arguments, identity: dict, trained: dict, averages, optimizer) -> tuple[int, float]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
@@ -300,25 +418,28 @@ def _load(path: Path, arguments, identity: dict, model, averaged, average, optim
                 f"the checkpoint {path} was made with another {name}: {saved_identity.get(name)} != {value}"
             )
 
-    def part(prefix):
-        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-    model.load_state_dict(part("model."))
-    if average:
-        averaged.load_state_dict(part("average."))
-        average.n_averaged.fill_(step)
+    for name, parameter in trained.items():
+        _copy_into(parameter, tensors[f"model.{name}"])
+    for name, value in zip(trained, averages.values, strict=False):
+        _copy_into(value, tensors[f"average.{name}"])
+    groups = optimizer.state_dict()["param_groups"]
+    in_order = [p for group in optimizer.param_groups for p in group["params"]]
     state = {}
-    for name, value in part("optimizer.").items():
-        index, key = name.split(".")
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            parameter = in_order[int(index)]
+            moment = torch.zeros_like(parameter) if value.shape == parameter.shape else torch.zeros_like(value)
+            _copy_into(moment, value)
+            state.setdefault(int(index), {})[key] = moment
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
     return step, seconds
 
 
-def _log(accelerator, out_dir: Path, step: int, row: dict) -> None:
+def _log(accelerator, path: Path, step: int, row: dict) -> None:
     accelerator.log(row, step=step)
     if accelerator.is_main_process:
-        with open(out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step} | row) + "\n")
 
 
@@ -327,10 +448,12 @@ def _speed(progress: tqdm, metrics: dict) -> dict:
     return {"tokens/s": f"{rate * metrics['tokens']:.0f}"} if rate and "tokens" in metrics else {}
 
 
-def _first_process(accelerator, decision: torch.Tensor) -> list[bool]:
-    from accelerate.utils import broadcast
-
-    return [bool(x) for x in (broadcast(decision) if accelerator.num_processes > 1 else decision)]
+def _first_process(accelerator, decisions: list[bool]) -> list[bool]:
+    """What the first process has decided."""
+    if accelerator.num_processes == 1:
+        return decisions
+    flags = torch.tensor(decisions, device=accelerator.device, dtype=torch.float32)
+    return [bool(flag) for flag in broadcast(flags)]
 
 
 @contextlib.contextmanager
