@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutput
 
-from .adapter import energy_fields, find_adapter, load_adapter, save_adapter
+from .adapter import DESCRIPTION, energy_fields, find_adapter, load_adapter, save_adapter
 from .backbone import Backbone, Head, initialize, log_probs, position_chunks, twin
 from .configuration_edlm import EDLMConfig
 from .energy import EnergyNetwork, causal_log_prob
@@ -295,6 +295,23 @@ class EDLMEnergyModel(EDLMPreTrainedModel):
             model.network.projection.weight.copy_(torch.cat((half, half), dim=1))
         return model.to(denoiser.device, denoiser.dtype)
 
+    @classmethod
+    def from_adapter(cls, denoiser: EDLMForMaskedLM, path: str, merge: bool = False, **where) -> "EDLMEnergyModel":
+        """The energy of an adapter over this denoiser, which stays as it is.
+
+        Args:
+            path: folder or Hub repo. where: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
+            merge: give it weights of its own, with the adapter added in, that need no PEFT any more.
+        Raises:
+            ValueError: it was trained over another denoiser. OSError: there is no adapter. ImportError: no PEFT.
+        """
+        if (folder := find_adapter(path, **where)) is None:
+            raise OSError(f"{path} holds no adapter of an energy: no {DESCRIPTION} there")
+        fields = energy_fields(folder, denoiser)
+        adapted = load_adapter(cls.from_denoiser(denoiser, share_weights=not merge, **fields), folder)
+        energy = adapted.merge_and_unload() if merge else adapted.get_base_model()
+        return energy.to(denoiser.device, denoiser.dtype).eval()
+
     def forward(self, input_ids, xt=None, t=None, attention_mask=None, **kwargs) -> SequenceClassifierOutput:
         """Energies of candidates.
 
@@ -381,10 +398,8 @@ class EDLMModel(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMixin):
             ValueError: the adapter was trained over another denoiser, or the energy does not fit this one.
             OSError: there is no energy. ImportError: an adapter, and PEFT is not installed.
         """
-        if (folder := find_adapter(path, **where)) is not None:
-            fields = energy_fields(folder, self.denoiser)
-            energy = EDLMEnergyModel.from_denoiser(self.denoiser, share_weights=True, **fields)
-            energy = load_adapter(energy, folder).get_base_model()
+        if find_adapter(path, **where) is not None:
+            energy = EDLMEnergyModel.from_adapter(self.denoiser, path, **where)
         else:
             energy = EDLMEnergyModel.from_pretrained(path, **where)
         energy = energy.to(self.device, self.dtype).train(self.training)
@@ -479,9 +494,7 @@ def _energy_part(config: EDLMConfig, energy_types: tuple[str, ...], name: str) -
     if config.energy_config is None:
         return config
     if config.energy_adapter is not None:
-        raise ValueError(
-            f"{name} cannot load an adapter, energy_adapter={config.energy_adapter!r}: EDLMModel.from_pretrained does"
-        )
+        raise ValueError(f"{name} loads no adapter, got energy_adapter={config.energy_adapter!r}; EDLMModel does")
     if config.energy_type not in energy_types or config.energy_is_foreign:
         raise ValueError(f"{name} needs energy_type in {energy_types}, the checkpoint has {config.energy_type!r}")
     return config.for_energy()

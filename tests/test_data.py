@@ -585,6 +585,8 @@ def test_batches_of_a_training_from_a_stream(tmp_path: Path, documents: str, bpe
 
     resumed = make_blocks(tmp_path, bpe, documents, batch_size=6, shuffle_buffer=10)
     assert torch.equal(resumed.batch(7, 0), batches[14]) and torch.equal(resumed.batch(7, 1), batches[15])
+    resumed.train = None  # a step asked for again is not read again
+    assert torch.equal(resumed.batch(7, 0), batches[14]) and torch.equal(resumed.batch(7, 1), batches[15])
     # Of the ids of the text only those of the validation text are kept.
     assert [path.name.split(".")[0] for path in (tmp_path / "tokens").iterdir()] == [Path(SAMPLE).stem]
     assert torch.equal(

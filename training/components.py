@@ -1,9 +1,9 @@
 """One denoiser with several energies, put together for a comparison, and what a pass of each energy costs."""
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_edlm import EDLMEnergyModel, EDLMForMaskedLM, EDLMModel
+from modeling_edlm import EDLMForMaskedLM, EDLMModel
 
 KINDS = ("ar", "coar", "nce")
 COMPLETIONS = ("independent", "shared")  # of the candidates of a step
@@ -15,10 +15,11 @@ def load_variants(model_folder: str, items: list[str]) -> dict[str, EDLMModel]:
     Args:
         model_folder: folder or repo of an EDLM or of a denoiser.
         items: `ar=SOURCE`, `coar=SOURCE` (any causal language model with the same token ids) or `nce=SOURCE` (an
-            `EDLMEnergyModel`); SOURCE is a folder or repo, with `:subfolder` where needed.
+            `EDLMEnergyModel`, or an adapter over the model's denoiser); SOURCE is a folder or repo, with `:subfolder`
+            where needed. `nce@NAME=SOURCE` gives it a name.
     Returns:
-        In float32 and eval mode, by energy type, but `step` for an energy of the next state. The model's own comes
-        first. Empty where there is no energy at all.
+        In float32 and eval mode, by name: the one given, else the energy type, but `step` for an energy of the next
+        state. The model's own comes first. Empty where there is no energy at all.
     Raises:
         ValueError: an item of another form, that does not fit the denoiser, or whose label is there already.
     """
@@ -26,24 +27,51 @@ def load_variants(model_folder: str, items: list[str]) -> dict[str, EDLMModel]:
     variants = {} if own.energy_type == "none" else {label(own): own}
     for item in items:
         kind, _, source = item.partition("=")
+        kind, _, name = kind.partition("@")
         if kind not in KINDS or not source:
             raise ValueError(f"energies must be ar=, coar= or nce= and a folder, got {item!r}")
         try:
             model = with_energy(own.denoiser, kind, source)
         except ValueError as error:
             raise ValueError(f"energies has {item!r}, which does not fit: {error}") from error
-        if label(model) in variants:
-            raise ValueError(f"energies must be different, got a second {label(model)!r} with {item!r}")
-        variants[label(model)] = model
+        if (name := name or label(model)) in variants:
+            raise ValueError(f"energies must have different names (nce@NAME=), got a second {name!r} with {item!r}")
+        variants[name] = model
     return variants
 
 
 def with_energy(denoiser: EDLMForMaskedLM, kind: str, source: str) -> EDLMModel:
     """The denoiser, not copied, with the energy of a folder or repo (`:subfolder` where needed); float32, eval mode."""
     folder, _, subfolder = source.partition(":")
-    energy_class = EDLMEnergyModel if kind == "nce" else AutoModelForCausalLM
-    energy = energy_class.from_pretrained(folder, subfolder=subfolder, dtype=torch.float32)
+    if kind == "nce":
+        return EDLMModel.from_components(denoiser).load_energy(folder, subfolder=subfolder).eval()
+    energy = AutoModelForCausalLM.from_pretrained(folder, subfolder=subfolder, dtype=torch.float32)
     return EDLMModel.from_components(denoiser, energy, kind).eval()
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, energy: str, subfolder: str = "") -> None:
+    """Raises ValueError unless the tokenizer beside an AR energy gives the same ids as the denoiser's.
+
+    The one id that may be different is the mask token's. An energy without a tokenizer is taken at its word.
+    """
+    try:
+        theirs = AutoTokenizer.from_pretrained(energy, subfolder=subfolder)
+    except (OSError, ValueError):
+        print(f"{energy} has no tokenizer; its token ids are taken to be the denoiser's")
+        return
+    size = min(len(tokenizer), len(theirs))
+    ours_V, theirs_V = (t.convert_ids_to_tokens(list(range(size))) for t in (tokenizer, theirs))
+    for i, (a, b) in enumerate(zip(ours_V, theirs_V, strict=True)):
+        if a != b and i != tokenizer.mask_token_id:
+            raise ValueError(
+                f"energy {energy!r} has another tokenizer than the denoiser: id {i} is {b!r} there and {a!r} here. An "
+                f"AR energy must know the denoiser's tokens: train one on the same tokenizer, with python -m "
+                f"training.pretrain --objective ar --tokenizer DENOISER"
+            )
+    if abs(len(tokenizer) - len(theirs)) > 1:
+        raise ValueError(
+            f"energy {energy!r} has another tokenizer than the denoiser: {len(theirs)} tokens, not {len(tokenizer)}"
+        )
 
 
 def label(model: EDLMModel) -> str:

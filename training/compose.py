@@ -1,6 +1,10 @@
 """Put trained parts together into one folder that is a Hub repo: weights, code, tokenizer, generation defaults.
 
-python -m training.compose --denoiser runs/denoiser/model --energy runs/energy/model --energy_type nce --out FOLDER
+    python -m training.compose --denoiser runs/denoiser/model --energy runs/energy/model --energy_type nce --out FOLDER
+    python -m training.compose --denoiser DENOISER --energy openai-community/gpt2 --energy_type coar --out FOLDER
+
+An energy that is an adapter stays one, in OUT/energy; with `--merge true` it becomes a network of its own, which needs
+no PEFT. An AR energy needs no training, but the denoiser's token ids (and it may lack the mask's).
 """
 
 import os
@@ -13,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_edlm import EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
 
+from .components import check_tokenizer
 from .trainer import parse_arguments
 
 
@@ -22,6 +27,8 @@ class ComposeArguments:
     out: str = field(metadata={"help": "folder to write; other files in it stay"})
     energy: str = field(default="", metadata={"help": "folder or repo of the energy: an EDLM one or a causal LM"})
     energy_type: str = field(default="nce", metadata={"help": "ar, coar or nce; plays no part without an energy"})
+    merge: bool = field(default=False, metadata={"help": "add an adapter into a copy of the denoiser's blocks"})
+    energy_only: bool = field(default=False, metadata={"help": "write the energy alone (with merge)"})
     ar: str = field(default="", metadata={"help": "folder of an autoregressive EDLM to put into OUT/ar as a scorer"})
     num_steps: int = 128
     num_candidates: int = 8
@@ -31,24 +38,40 @@ class ComposeArguments:
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
+        if self.energy_only and not self.merge:
+            raise ValueError("energy_only writes a merged adapter: add --merge true")
+
+
+def with_parts(denoiser, tokenizer, arguments: ComposeArguments) -> EDLMModel | EDLMEnergyModel:
+    if arguments.merge:
+        energy = EDLMEnergyModel.from_adapter(denoiser, arguments.energy, merge=True)
+        if arguments.energy_only:
+            return energy
+        model = EDLMModel.from_components(denoiser, energy, "nce")
+    elif not arguments.energy:
+        model = EDLMModel.from_components(denoiser)
+    elif arguments.energy_type == "nce":
+        model = EDLMModel.from_components(denoiser).load_energy(arguments.energy)
+    else:
+        check_tokenizer(tokenizer, arguments.energy)
+        energy = AutoModelForCausalLM.from_pretrained(arguments.energy)
+        model = EDLMModel.from_components(denoiser, energy, arguments.energy_type)
+    model.generation_config.num_steps = arguments.num_steps
+    model.generation_config.num_candidates = arguments.num_candidates
+    model.generation_config.validate()
+    return model
 
 
 def main(argv: list[str] | None = None):
     arguments = parse_arguments(ComposeArguments, __doc__, argv)
     denoiser = EDLMForMaskedLM.from_pretrained(arguments.denoiser)
-    energy = None
-    if arguments.energy:
-        energy_class = EDLMEnergyModel if arguments.energy_type == "nce" else AutoModelForCausalLM
-        energy = energy_class.from_pretrained(arguments.energy)
-    model = EDLMModel.from_components(denoiser, energy, arguments.energy_type).to(getattr(torch, arguments.dtype))
-    model.generation_config.num_steps = arguments.num_steps
-    model.generation_config.num_candidates = arguments.num_candidates
-    model.generation_config.validate()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.denoiser)
+    model = with_parts(denoiser, tokenizer, arguments).to(getattr(torch, arguments.dtype))
     out = Path(arguments.out)
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary, max_shard_size=arguments.max_shard_size)
-    AutoTokenizer.from_pretrained(arguments.denoiser).save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
     if arguments.ar:
         scorer = EDLMForCausalLM.from_pretrained(arguments.ar).to(getattr(torch, arguments.dtype))
         scorer.save_pretrained(temporary / "ar")

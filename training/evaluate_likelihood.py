@@ -27,6 +27,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,8 @@ NOTES = {
     "ess": "effective sample size of the k weights, mean over draws; a draw is a revealed position",
     "passes": "expected steps that reveal something, T (1 - (1 - 1/T)^L), and k for each of them in the window; an "
     "energy pass counts as pass_cost denoiser passes, the ratio of parameters without embedding and output projection",
+    "versus_equal_cost": "EDLM minus MDLM with as many equivalent passes, interpolated between the measured numbers of "
+    "steps in the logarithm of passes; beyond the largest one, minus MDLM with that many steps",
     "seconds": "of evaluation for each sequence: all k and temperatures of an energy at one T are measured together",
     "paper": "the published estimator, with the lower and the asymptotic upper form of log Z; not a bound (README)",
 }
@@ -451,6 +454,16 @@ def measure(text: Text, parts: Parts) -> dict:
                 | {"denoiser_equivalent_passes": cost(energy, T, k)["denoiser_equivalent_passes"]}
                 | {"denoiser_passes_at_double": cost(None, 2 * T, 1)["denoiser_passes"]}
             )
+    plain = sorted((cost(None, T, 1)["denoiser_passes"], T) for energy, T, _, _ in bits if energy is None)
+    equal_cost = []
+    for (energy, T, k, tau), bits_B in bits.items():
+        spent = cost(energy, T, k)["denoiser_equivalent_passes"]
+        if energy and plain and plain[0][0] <= spent:
+            plain_B = interpolated(spent, [(passes, bits[None, T, 1, None]) for passes, T in plain])
+            equal_cost.append(
+                {"energy": energy, "num_steps": T, "num_candidates": k, "energy_temperature": tau}
+                | {"denoiser_equivalent_passes": spent, "difference": ratio(bits_B - plain_B, units["token"])}
+            )
     return {
         "name": text.name,
         "num_sequences": len(text.x0_BL),
@@ -461,7 +474,18 @@ def measure(text: Text, parts: Parts) -> dict:
         "tokens_sha256": fingerprint(text.x0_BL),
         "rows": rows,
         "versus_double": double,
+        "versus_equal_cost": equal_cost,
     }
+
+
+def interpolated(spent: float, points: list[tuple[float, np.ndarray]]) -> np.ndarray:
+    """Bits (B,) of MDLM with `spent` passes, from (passes, bits) in ascending order: linear in the logarithm of passes
+    between two that were measured, and those of the most passes beyond them."""
+    for (a, a_B), (b, b_B) in pairwise(points):
+        if a <= spent <= b:
+            share = math.log(spent / a) / math.log(b / a)
+            return a_B + share * (b_B - a_B)
+    return points[-1][1]
 
 
 # ---- what is shown
@@ -528,6 +552,13 @@ def table(results: dict) -> str:
         if data["versus_double"]:
             head = "EDLM at T minus MDLM at 2T, bits per character"
             blocks.append(markdown(data["versus_double"], small("difference", per_character), head))
+        if rows := data.get("versus_equal_cost"):
+            head = "EDLM minus MDLM of equal cost, bits per character (equivalent passes)"
+
+            def cell(row, scale=per_character):
+                return f"{number(row['difference'], scale, '+.4f')} ({row['denoiser_equivalent_passes']:.1f})"
+
+            blocks.append(markdown(rows, cell, head))
     if len(results["data"]) > 1:
         blocks.append(across(results["data"]))
     return "\n\n".join(blocks)
@@ -602,10 +633,11 @@ def comma_separated(results: dict) -> str:
 
 
 def plot(results: dict, path: Path) -> None:
-    """For each data set: bits per character against T, two standard errors; ESS by time at the most steps."""
-    figure = Figure(figsize=(11, 4 * len(results["data"])), layout="constrained")  # without pyplot it is Agg that draws
-    all_axes = figure.subplots(len(results["data"]), 2, squeeze=False)
-    for data, (left, right) in zip(results["data"], all_axes, strict=True):
+    """For each data set: bits per character against T and against cost, two standard errors; ESS by time at the most
+    steps."""
+    figure = Figure(figsize=(16, 4 * len(results["data"])), layout="constrained")  # without pyplot it is Agg that draws
+    all_axes = figure.subplots(len(results["data"]), 3, squeeze=False)
+    for data, (left, middle, right) in zip(results["data"], all_axes, strict=True):
         rows = [row for row in data["rows"] if row["estimator"] == "sampler"]
         acting = [row for row in rows if row["energy"]]
         if acting:  # one k and temperature for all energies
@@ -621,12 +653,16 @@ def plot(results: dict, path: Path) -> None:
             errors = [2 * (value["stderr"] or 0) for value in bits]
             means = [value["mean"] for value in bits]
             left.errorbar(steps, means, errors, marker="o", capsize=3, color=color, label=name)
+            spent = [row["denoiser_equivalent_passes"] for row in shown if name_of(row) == name]
+            middle.errorbar(spent, means, errors, marker="o", capsize=3, color=color, label=name)
         for row in data["rows"]:
             if row["estimator"] in ("ar", "mdlm"):
                 style, name = (":", "AR, exact") if row["estimator"] == "ar" else ("--", "MDLM, continuous time")
                 left.axhline(row["bits_per_character"]["mean"], color="gray", linestyle=style, label=name)
-        left.set_xscale("log", base=2)
-        left.xaxis.set_major_formatter("{x:g}")
+        for axes in (left, middle):
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
+        middle.set(xlabel="cost of a sample, denoiser passes", ylabel="bits per character, at most")
         left.set(xlabel="denoising steps T", ylabel="bits per character, at most", title=data["name"])
         most = max((row["num_steps"] for row in acting), default=None)
         for row in acting:
@@ -642,7 +678,7 @@ def plot(results: dict, path: Path) -> None:
                 )
         right.set(xlabel="t (1: all mask)", ylabel="effective sample size of the k weights", xlim=(0, 1))
         right.set_title(f"T = {most}" if most else "no energy")
-        for axes in (left, right):
+        for axes in (left, middle, right):
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize="small")
     figure.savefig(path, dpi=120, format="png")

@@ -129,6 +129,7 @@ class Blocks:
             validation_tokens = tokenize(validation, tokenizer, cache_dir, split, arguments.text_column)
         self.validation = PackedTokens(validation_tokens, length)
         self.arguments, self.accelerator = arguments, accelerator
+        self.step, self.step_batches = -1, {}
 
     def batch(self, step: int, micro_step: int) -> torch.Tensor:
         """(B, L) int64 on the device: a function of the seed, the step and the process."""
@@ -136,7 +137,11 @@ class Blocks:
         batch_size, number = arguments.batch_size, step * arguments.gradient_accumulation_steps + micro_step
         process = accelerator.process_index, accelerator.num_processes
         if arguments.streaming:
-            return self.train.batch(batch_size, number, *process).to(accelerator.device)
+            if step != self.step:
+                self.step, self.step_batches = step, {}
+            if micro_step not in self.step_batches:  # kept for the step: what is past is read from the beginning
+                self.step_batches[micro_step] = self.train.batch(batch_size, number, *process)
+            return self.step_batches[micro_step].to(accelerator.device)
         indices = step_batch_indices(len(self.train), batch_size, number, arguments.seed, *process)
         return torch.stack([self.train[int(i)]["input_ids"] for i in indices]).to(accelerator.device)
 
