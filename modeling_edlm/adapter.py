@@ -120,7 +120,7 @@ def load_adapter(energy, folder: Path):
     try:
         weights = load_file(folder / WEIGHTS)
         result = peft.set_peft_model_state_dict(model, weights)
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, KeyError) as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged or does not fit: {error}") from error
     own = [name for name in result.missing_keys if ".default" in name]
     if wrong := sorted(own) + sorted(result.unexpected_keys):

@@ -252,7 +252,7 @@ def test_another_base_is_refused(folders, changes, message):
     assert other.energy_model is None and other.energy_type == "none"  # as it was
 
 
-@pytest.mark.parametrize("damage", ["cut", "lacking", "excess", "description", "none"])
+@pytest.mark.parametrize("damage", ["cut", "headless", "lacking", "excess", "description", "none"])
 def test_damaged_folders_are_refused(folders, tmp_path, damage):
     root, _, _ = folders
     folder = shutil.copytree(root / "adapter", tmp_path / "adapter")
@@ -261,9 +261,12 @@ def test_damaged_folders_are_refused(folders, tmp_path, damage):
     if damage == "cut":
         (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:500])
         message = f"{WEIGHTS} is damaged"
-    elif damage == "lacking":
+    elif damage == "headless":
         save_file({name: v for name, v in weights.items() if "projection.bias" not in name}, folder / WEIGHTS)
-        message += "projection"
+        message = f"{WEIGHTS} is damaged or does not fit: .*projection.bias"
+    elif damage == "lacking":
+        save_file({name: v for name, v in weights.items() if "0.fc1.lora_B" not in name}, folder / WEIGHTS)
+        message += "fc1.lora_B"
     elif damage == "excess":
         save_file(weights | {"base_model.model.network.none.weight": torch.zeros(1)}, folder / WEIGHTS)
     elif damage == "description":

@@ -222,7 +222,8 @@ def main(argv: list[str] | None = None):
         except RuntimeError as error:
             raise ValueError(f"init_from={arguments.init_from!r} has other sizes: {error}") from error
     num_parameters = sum(p.numel() for p in model.parameters())
-    accelerator.print(f"{arguments.objective}: {num_parameters:,} parameters, {len(blocks.train):,} training blocks")
+    num_blocks = "streamed" if arguments.streaming else f"{len(blocks.train):,}"
+    accelerator.print(f"{arguments.objective}: {num_parameters:,} parameters, {num_blocks} training blocks")
 
     def loss_fn(model, step, micro_step):
         x0_BL = blocks.batch(step, micro_step)
