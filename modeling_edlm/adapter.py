@@ -51,7 +51,7 @@ def save_adapter(folder: str | Path, energy, denoiser, base: str | None, weights
 
     Args:
         base: folder or repo of the denoiser, for whoever finds the adapter; None where it lies beside it.
-        weights: the adapter's weights by PEFT's names, where they are not those of `energy` (an average).
+        weights: what to write in place of the weights of `energy` (an average), by the names of its parameters.
     """
     peft, folder = _peft(), Path(folder)
     config = energy.peft_config["default"]
@@ -60,7 +60,7 @@ def save_adapter(folder: str | Path, energy, denoiser, base: str | None, weights
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     config.inference_mode = mode
-    weights = peft.get_peft_model_state_dict(energy, save_embedding_layers=False) if weights is None else weights
+    weights = peft.get_peft_model_state_dict(energy, state_dict=weights, save_embedding_layers=False)
     prefix = "base_model.model."
     weights = {k if k.startswith(prefix) else prefix + k: v.contiguous() for k, v in weights.items()}
     save_file(weights, folder / WEIGHTS, {"format": "pt"})

@@ -1,4 +1,4 @@
-"""An energy that is a LoRA adapter over the denoiser's own blocks: exact, shared, saved, loaded, and refused elsewhere."""
+"""An energy that is a LoRA adapter over the denoiser's own blocks: exact, shared, saved, loaded, refused elsewhere."""
 
 import json
 import os

@@ -2,10 +2,12 @@
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from modeling_edlm import EDLMForMaskedLM, EDLMModel
 
 KINDS = ("ar", "coar", "nce")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model")
 COMPLETIONS = ("independent", "shared")  # of the candidates of a step
 
 
@@ -54,11 +56,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, energy: str, subfolder: 
 
     The one id that may be different is the mask token's. An energy without a tokenizer is taken at its word.
     """
-    try:
-        theirs = AutoTokenizer.from_pretrained(energy, subfolder=subfolder)
-    except (OSError, ValueError):
+    optional = {"subfolder": subfolder, "_raise_exceptions_for_missing_entries": False}
+    if all(cached_file(energy, name, **optional) is None for name in TOKENIZER_FILES):
         print(f"{energy} has no tokenizer; its token ids are taken to be the denoiser's")
         return
+    theirs = AutoTokenizer.from_pretrained(energy, subfolder=subfolder)
     size = min(len(tokenizer), len(theirs))
     ours_V, theirs_V = (t.convert_ids_to_tokens(list(range(size))) for t in (tokenizer, theirs))
     for i, (a, b) in enumerate(zip(ours_V, theirs_V, strict=True)):

@@ -239,6 +239,8 @@ def train(
                 accelerator.print(f"stopped at step {step} of {arguments.max_steps}; add --resume true to go on")
                 break
     progress.close()
+    if not (out_dir / "model").exists():  # a run that was over, but for the last file
+        save_model()
     averages.swap()
     accelerator.end_training()
     accelerator.print(f"model: {out_dir / 'model'}\nmetrics: {metrics_path}")
