@@ -29,6 +29,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_scheduler
@@ -217,7 +218,7 @@ def train(
                 _log(accelerator, metrics_path, step, row | {"lr": lr})
                 progress.set_postfix({k: f"{v:.4g}" for k, v in row.items()} | _speed(progress, row))
             if step % arguments.eval_steps == 0 or is_end:
-                with torch.no_grad(), averages.swapped_in():
+                with torch.no_grad(), averages.swapped_in(), _gathered(model):
                     row = evaluate(model.eval(), is_end)
                 _log(accelerator, metrics_path, step, {"seconds": seconds_before + time.monotonic() - started} | row)
                 accelerator.print(f"\nstep {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in row.items()))
@@ -291,6 +292,20 @@ class Averages:
             yield
         finally:
             self.swap()
+
+
+@contextlib.contextmanager
+def _gathered(model: torch.nn.Module):
+    """Where weights are in shards (FSDP), those of the root are there for whatever part is called, and afterwards no
+    gathered copy is left: the next step would take it for the weights."""
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if shards:
+        model.unshard()
+    try:
+        yield
+    finally:
+        for module in shards:
+            module.reshard()
 
 
 def global_rows(arguments: LoopArguments, accelerator: Accelerator, micro_step: int) -> tuple[torch.Tensor, int]:
