@@ -185,25 +185,24 @@ def train(
     with _stop_signal() as stopped:
         while step < arguments.max_steps:
             wrapped.train()
-            rows = []
-            for micro_step in range(accumulation):
-                torch.manual_seed(step_seed(arguments.seed, step, micro_step, accelerator.process_index))
-                is_last = micro_step == accumulation - 1
-                with contextlib.nullcontext() if is_last else accelerator.no_sync(wrapped):
-                    loss, metrics = loss_fn(wrapped, step, micro_step)
-                    accelerator.backward(loss / accumulation)
-                rows.append({"loss": loss.detach()} | metrics)
-            norm = accelerator.clip_grad_norm_(list(trained.values()), arguments.max_grad_norm)
-            if not math.isfinite(norm := float(_whole(norm))):
-                rows = [{k: float(v) for k, v in row.items()} for row in rows]
-                kept = _keep_batch(out_dir, step, accelerator, batch, accumulation)
-                raise FloatingPointError(
-                    f"loss or gradient are not finite in step {step}: gradient norm {norm}, {rows}. {kept}The weights "
-                    f"are as before that step; lower learning_rate"
-                )
             lr = arguments.learning_rate * schedule(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            rows = []
+            for micro_step in range(accumulation):
+                torch.manual_seed(step_seed(arguments.seed, step, micro_step, accelerator.process_index))
+                with accelerator.accumulate(wrapped):  # divides the loss, and lets gradients wait for the last
+                    loss, metrics = loss_fn(wrapped, step, micro_step)
+                    accelerator.backward(loss)
+                rows.append({"loss": loss.detach()} | metrics)
+            norm = accelerator.clip_grad_norm_(list(trained.values()), arguments.max_grad_norm)
+            if not math.isfinite(norm := float(_whole(torch.as_tensor(norm)))):
+                rows = [{k: float(v) for k, v in row.items()} for row in rows]
+                kept = _keep_batch(out_dir, step, accelerator, batch, accumulation)
+                raise FloatingPointError(
+                    f"loss or gradient are not finite in step {step}: gradient norm {norm}, {rows}. {kept}The last "
+                    f"checkpoint is of before; lower learning_rate"
+                )
             optimizer.step()
             optimizer.zero_grad()
             averages.update(step)
@@ -326,7 +325,12 @@ def row_draws(seed: int, num_rows: int, length: int) -> tuple[torch.Tensor, torc
 def make_accelerator(arguments: LoopArguments, **kwargs) -> Accelerator:
     wants = arguments.report_to == "trackio" or (arguments.report_to == "auto" and find_spec("trackio"))
     log_with = "trackio" if wants else None
-    accelerator = Accelerator(mixed_precision=arguments.mixed_precision, log_with=log_with, **kwargs)
+    accelerator = Accelerator(
+        mixed_precision=arguments.mixed_precision,
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        log_with=log_with,
+        **kwargs,
+    )
     if log_with:
         accelerator.init_trackers(Path(arguments.output_dir).name, config=asdict(arguments))
     return accelerator
