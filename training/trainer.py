@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import DistributedType, broadcast
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
@@ -153,7 +153,10 @@ def train(
     averages = Averages(trained, arguments.ema_decay)
 
     step, seconds_before = 0, 0.0
+    in_engine = accelerator.distributed_type == DistributedType.DEEPSPEED  # which keeps the optimizer to itself
     if checkpoint_path.exists():
+        if in_engine:
+            raise ValueError(f"resume is not possible with DeepSpeed: {checkpoint_path} lacks the optimizer's shards")
         step, seconds_before = _load(checkpoint_path, arguments, identity, trained, averages, optimizer)
         accelerator.print(f"resumed {checkpoint_path} at step {step}")
     metrics_path = out_dir / "metrics.jsonl"
@@ -170,7 +173,7 @@ def train(
     def checkpoint():
         tensors = {f"model.{k}": _whole(v) for k, v in trained.items()}
         tensors |= {f"average.{k}": v for k, v in averages.weights().items()} if averages.decay else {}
-        for i, state in optimizer.state_dict()["state"].items():
+        for i, state in ({} if in_engine else optimizer.state_dict()["state"]).items():
             tensors |= {f"optimizer.{i}.{k}": _whole(v) for k, v in state.items()}
         if accelerator.is_main_process:
             seconds = seconds_before + time.monotonic() - started
