@@ -1,6 +1,6 @@
 """The training curves of several runs in one plot, and how far they are apart.
 
-python -m training.curves --runs runs/one,runs/two --names "1 process,2 processes" --out hub_cards/results/processes.json
+python -m training.curves --runs runs/one,runs/two --names "one process,two" --out processes.json
 """
 
 from dataclasses import dataclass, field
