@@ -427,6 +427,8 @@ class EDLMModel(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMixin):
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in the library; an adapter goes into a folder of its own, and the shared blocks are written once."""
         if self.config.energy_adapter is not None:
+            if kwargs.get("push_to_hub"):
+                raise ValueError("push_to_hub=True would leave the adapter behind: call push_to_hub(repo) instead")
             save_adapter(Path(save_directory) / self.config.energy_adapter, self.energy_model, self.denoiser, None)
             weights = {f"denoiser.{name}": value for name, value in self.denoiser.state_dict().items()}
             kwargs = {"state_dict": weights} | kwargs

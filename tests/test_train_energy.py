@@ -205,12 +205,19 @@ def test_patience_keeps_the_best(base, tmp_path, monkeypatch):
         return quality
 
     monkeypatch.setattr(train_energy, "held_out", held_out)
-    same = {"eval_steps": 1, "eval_sequences": 0, "lr_schedule": "constant_with_warmup", "ema_decay": 0}
+    same = {"eval_steps": 1, "eval_sequences": 0, "lr_schedule": "constant_with_warmup", "final_eval_blocks": 8}
     train_energy.main(options(tmp_path / "patient", base, **same, patience=2))
-    assert len(steps) == 4 and log_of(tmp_path / "patient")[-1]["step"] == 4
+    assert len(steps) == 5 and log_of(tmp_path / "patient")[-1]["step"] == 4  # the fifth is that of what was saved
     accuracies.clear()
     train_energy.main(options(tmp_path / "two", base, **same, max_steps=2))
     assert_same_bits(adapter(tmp_path / "patient"), adapter(tmp_path / "two"))
+    of_both = [json.loads((tmp_path / name / "evaluation.json").read_text())["by_t"] for name in ("patient", "two")]
+    assert of_both[0] == of_both[1]
+    accuracies.update({1: 0.6, 2: 0.7, 3: 0.65, 4: 0.6})
+    steps.clear()
+    train_energy.main(options(tmp_path / "stopped", base, **same, patience=2, max_minutes=1e-9))
+    train_energy.main(options(tmp_path / "stopped", base, **same, patience=2, resume="true"))
+    assert_same_bits(adapter(tmp_path / "stopped"), adapter(tmp_path / "two"))
 
 
 # ---- what survives

@@ -152,12 +152,12 @@ def train(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     averages = Averages(trained, arguments.ema_decay)
 
-    step, seconds_before = 0, 0.0
+    step, seconds_before, best = 0, 0.0, {}  # best: the weights that `patience` has saved
     in_engine = accelerator.distributed_type == DistributedType.DEEPSPEED  # which keeps the optimizer to itself
     if checkpoint_path.exists():
         if in_engine:
             raise ValueError(f"resume is not possible with DeepSpeed: {checkpoint_path} lacks the optimizer's shards")
-        step, seconds_before = _load(checkpoint_path, arguments, identity, trained, averages, optimizer)
+        step, seconds_before, best = _load(checkpoint_path, arguments, identity, trained, averages, optimizer)
         accelerator.print(f"resumed {checkpoint_path} at step {step}")
     metrics_path = out_dir / "metrics.jsonl"
     if accelerator.is_main_process:
@@ -173,6 +173,7 @@ def train(
     def checkpoint():
         tensors = {f"model.{k}": _whole(v) for k, v in trained.items()}
         tensors |= {f"average.{k}": v for k, v in averages.weights().items()} if averages.decay else {}
+        tensors |= {f"best.{k}": v for k, v in best.items()}
         for i, state in ({} if in_engine else optimizer.state_dict()["state"]).items():
             tensors |= {f"optimizer.{i}.{k}": _whole(v) for k, v in state.items()}
         if accelerator.is_main_process:
@@ -181,6 +182,12 @@ def train(
         if not arguments.patience:
             save_model()
         accelerator.wait_for_everyone()
+
+    def measure(is_last, weights=None):
+        with torch.no_grad(), averages.shown(weights), _gathered(model):
+            row = evaluate(model.eval(), is_last)
+        _log(accelerator, metrics_path, step, {"seconds": seconds_before + time.monotonic() - started} | row)
+        accelerator.print(f"\nstep {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in row.items()))
 
     progress = tqdm(total=arguments.max_steps, initial=step, disable=not accelerator.is_main_process, smoothing=0.05)
     accumulation = arguments.gradient_accumulation_steps
@@ -220,17 +227,17 @@ def train(
                 _log(accelerator, metrics_path, step, row | {"lr": lr})
                 progress.set_postfix({k: f"{v:.4g}" for k, v in row.items()} | _speed(progress, row))
             if step % arguments.eval_steps == 0 or is_end:
-                with torch.no_grad(), averages.swapped_in(), _gathered(model):
-                    row = evaluate(model.eval(), is_end)
-                _log(accelerator, metrics_path, step, {"seconds": seconds_before + time.monotonic() - started} | row)
-                accelerator.print(f"\nstep {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in row.items()))
+                measure(is_end and not arguments.patience)
                 if arguments.patience:
-                    is_best, is_over = _verdict(metrics_path, better, arguments.patience)
-                    is_best, is_over = _first_process(accelerator, [is_best, is_over])
+                    decisions = _verdict(metrics_path, better, arguments.patience)
+                    is_best, is_over = _first_process(accelerator, decisions)
                     if is_best:
+                        best = averages.weights()
                         save_model()
                     if is_over:
                         accelerator.print(f"no better {better} in {arguments.patience} evaluations: stopped")
+                    if is_over or is_end:  # the last word is on what was saved
+                        measure(True, best)
                     stop |= is_over
             minutes = (time.monotonic() - last_checkpoint) / 60
             # every process must take the same branch: the first one decides
@@ -244,7 +251,7 @@ def train(
     progress.close()
     if not (out_dir / "model").exists():  # a run that was over, but for the last file
         save_model()
-    averages.swap()
+    averages.put(averages.weights())
     accelerator.end_training()
     accelerator.print(f"model: {out_dir / 'model'}\nmetrics: {metrics_path}")
     return model
@@ -276,24 +283,28 @@ class Averages:
             decay = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
             torch._foreach_lerp_(self.values, list(self.trained.values()), 1 - decay)
 
+    def by_name(self) -> dict[str, torch.Tensor]:
+        return dict(zip(self.trained, self.values or self.trained.values(), strict=True))
+
     def weights(self) -> dict[str, torch.Tensor]:
         """The averages by name, whole, on the CPU."""
-        return {k: _whole(v) for k, v in zip(self.trained, self.values or self.trained.values(), strict=True)}
+        return {name: _whole(value) for name, value in self.by_name().items()}
 
     @torch.no_grad()
-    def swap(self) -> None:
-        for parameter, value in zip(self.trained.values(), self.values, strict=False):
-            current = parameter.clone()
-            parameter.copy_(value)
-            value.copy_(current)
+    def put(self, values: dict[str, torch.Tensor]) -> None:
+        """Give the parameters these values."""
+        for name, parameter in self.trained.items():
+            _copy_into(parameter, values[name])
 
     @contextlib.contextmanager
-    def swapped_in(self):
-        self.swap()
+    def shown(self, values: dict[str, torch.Tensor] | None = None):
+        """The parameters have these values for a while; None: the averages."""
+        before = {name: p.detach().clone() for name, p in self.trained.items()}
+        self.put(self.by_name() if values is None else values)
         try:
             yield
         finally:
-            self.swap()
+            self.put(before)
 
 
 @contextlib.contextmanager
@@ -376,7 +387,8 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def _copy_into(target: torch.Tensor, value: torch.Tensor) -> None:
-    if isinstance(target, DTensor):
+    """In place; a whole value is cut where the target is in shards."""
+    if isinstance(target, DTensor) and not isinstance(value, DTensor):
         value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
     target.copy_(value)
 
@@ -397,13 +409,13 @@ def _keep_batch(out_dir: Path, step: int, accelerator, batch, accumulation: int)
     return f"The batch is in {path}. "
 
 
-def _verdict(path: Path, better: str, patience: int) -> tuple[bool, bool]:
+def _verdict(path: Path, better: str, patience: int) -> list[bool]:
     """Whether the last evaluation is the best so far, and whether the best is `patience` evaluations ago."""
     values = [row[better] for row in read_lines(path) if better in row]
     if not values:  # a process that logs nothing
-        return False, False
+        return [False, False]
     best = max(range(len(values)), key=lambda i: (values[i], -i))
-    return best == len(values) - 1, len(values) - 1 - best >= patience
+    return [best == len(values) - 1, len(values) - 1 - best >= patience]
 
 
 def _drop_metrics_after(path: Path, step: int) -> None:
@@ -424,7 +436,7 @@ def _save(path: Path, arguments, identity: dict, step: int, seconds: float, tens
         temporary.unlink(missing_ok=True)
 
 
-def _load(path: Path, arguments, identity: dict, trained: dict, averages, optimizer) -> tuple[int, float]:
+def _load(path: Path, arguments, identity: dict, trained: dict, averages, optimizer) -> tuple[int, float, dict]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
@@ -457,7 +469,7 @@ def _load(path: Path, arguments, identity: dict, trained: dict, averages, optimi
             _copy_into(moment, value)
             state.setdefault(int(index), {})[key] = moment
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    return step, seconds
+    return step, seconds, {k.removeprefix("best."): v for k, v in tensors.items() if k.startswith("best.")}
 
 
 def _log(accelerator, path: Path, step: int, row: dict) -> None:
