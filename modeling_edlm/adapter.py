@@ -125,6 +125,9 @@ def load_adapter(energy, folder: Path):
     own = [name for name in result.missing_keys if ".default" in name]
     if wrong := sorted(own) + sorted(result.unexpected_keys):
         raise ValueError(f"{folder / WEIGHTS} lacks, or has in excess, {len(wrong)} weights: {wrong[0]}, ...")
+    for module in model.modules():  # the untrained head, drawn at random, is in nobody's way and in no checksum
+        if isinstance(module, peft.utils.ModulesToSaveWrapper):
+            module.original_module = module.modules_to_save["default"]
     return model
 
 

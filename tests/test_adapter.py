@@ -172,6 +172,8 @@ def test_an_adapter_loads_four_ways(folders, tmp_path):
     model = EDLMModel.from_pretrained(root / "base").load_energy(str(root / "adapter"))
     assert (model.config.energy_target, model.config.energy_num_layers) == ("xs", 1)
     assert torch.equal(model.energy(*inputs), energy)
+    again = EDLMModel.from_pretrained(root / "base").load_energy(str(root / "adapter"))
+    assert checksum(again) == checksum(model)  # nothing in it is drawn at random
     assert torch.equal(AutoModel.from_pretrained(root / "adapter").energy(*inputs), energy)
     base = EDLMForMaskedLM.from_pretrained(root / "base")
     own = EDLMEnergyModel.from_denoiser(base, energy_target="xs", energy_num_layers=1)

@@ -510,3 +510,10 @@ def test_wrong_arguments_are_named(folders, tmp_path, changes, message):
 def test_results_that_are_not_there_are_named(tmp_path):
     with pytest.raises(ValueError, match="from_json must be a file of results, got '.*none.json'"):
         evaluate_likelihood.main(["--from_json", str(tmp_path / "none.json")])
+
+
+def test_mdlm_of_equal_cost_is_interpolated():
+    """Linear in the logarithm of the passes, text by text; beyond the last number of steps nothing is made up."""
+    points = [(2.0, np.array([4.0, 2.0])), (8.0, np.array([2.0, 2.0])), (16.0, np.array([1.0, 0.0]))]
+    for spent, expected in ((2.0, [4, 2]), (4.0, [3, 2]), (8.0, [2, 2]), (16.0, [1, 0]), (99.0, [1, 0])):
+        np.testing.assert_allclose(evaluate_likelihood.interpolated(spent, points), expected)

@@ -22,8 +22,8 @@ from modeling_edlm import EDLMConfig, EDLMEnergyModel, EDLMForMaskedLM, EDLMMode
 from modeling_edlm.adapter import checksum
 from modeling_edlm.energy import nce_loss, ranking_loss
 from modeling_edlm.likelihood import log_mean_ratio
-from training import compose, train_energy, trainer
-from training.data import character_tokenizer
+from training import adapt, compose, curves, memory, train_energy, trainer
+from training.data import character_tokenizer, read_texts
 from training.energy_quality import calibration
 
 ROOT = Path(__file__).parents[1]
@@ -119,6 +119,7 @@ def test_a_run_trains_what_it_says_and_measures_it(base, tmp_path, changes):
     model = EDLMModel.from_pretrained(base).load_energy(str(tmp_path / "model"))
     assert checksum(model.denoiser) == before
     assert (model.config.energy_adapter is not None) == (changes != {"lora_r": 0})
+    assert model.config.energy_num_layers == 1  # half of the blocks, for the next state
     assert any("lora_" in name for name in trained) == (not changes)
     assert any("blocks" in name and "lora_" not in name for name in trained) == (changes == {"lora_r": 0})
     quality = json.loads((tmp_path / "evaluation.json").read_text())
@@ -145,7 +146,8 @@ def test_a_run_trains_what_it_says_and_measures_it(base, tmp_path, changes):
 
 def test_the_adapter_loads_by_peft_alone_with_its_card(base, tmp_path):
     train_energy.main(options(tmp_path, base))
-    energy = EDLMEnergyModel.from_denoiser(EDLMForMaskedLM.from_pretrained(base), energy_target="xs")
+    base_model = EDLMForMaskedLM.from_pretrained(base)
+    energy = EDLMEnergyModel.from_denoiser(base_model, energy_target="xs", energy_num_layers=1)
     by_peft = PeftModel.from_pretrained(energy, tmp_path / "model").eval()
     x = torch.randint(0, 27, (3, 32))
     xt = x.masked_fill(torch.arange(32) % 3 == 0, 27)
@@ -343,7 +345,7 @@ def test_two_processes_train_as_one(base, one_process, tmp_path, way):
 
 @pytest.mark.parametrize("name", ["fsdp2", "deepspeed"])
 def test_the_launcher_reads_its_configurations(name):
-    config = load_config_from_file(ROOT / "training" / "launch" / f"{name}.yaml")  # raises for an unknown key
+    config = load_config_from_file(str(ROOT / "training" / "launch" / f"{name}.yaml"))  # raises for an unknown key
     assert config.distributed_type.value == {"fsdp2": "FSDP", "deepspeed": "DEEPSPEED"}[name]
     text = (ROOT / "training" / "launch" / f"{name}.yaml").read_text()
     assert "What was tried" in text and "What was not tried" in text
@@ -435,6 +437,69 @@ def test_an_ar_energy_must_know_the_denoisers_tokens(base, tmp_path, capsys):
         run("other")
     with pytest.raises(ValueError, match="another tokenizer"):
         run("small")
+
+
+# ---- what is shown
+
+
+def test_adapt_in_one_command(base, tmp_path):
+    """Train, bound, sample, compare; a second call measures nothing again; the tables hold what was measured."""
+    data = tmp_path / "data"
+    data.mkdir()
+    text = "".join(read_texts(DATA))
+    for i, split in enumerate(("train", "validation", "test")):
+        (data / f"{split}.txt").write_text(text[i * 8000 : (i + 1) * 8000])
+    train = (
+        "--lora_r 2 --energy_target xs --max_steps 4 --batch_size 4 --eval_steps 2 --eval_sequences 4 --report_to none"
+    )
+    command = f"--base {base} --data {data} --output_dir {tmp_path / 'run'} --out {tmp_path / 'adapt.json'} "
+    command += "--num_steps 2,4 --num_candidates 2 --num_sequences 4 --sample_steps 4 --num_samples 6 --num_threads 1"
+    adapt.main([*command.split(), "--train", train])
+    results = json.loads((tmp_path / "adapt.json").read_text())
+    assert (tmp_path / "adapt.png").stat().st_size > 10_000
+    rows = [row for row in results["bounds"]["rows"] if row["estimator"] == "sampler"]
+    assert {(row["energy"], row["num_candidates"]) for row in rows} == {(None, 1), ("adapted", 2)}
+    assert [(row["energy"], row["num_steps"]) for row in results["samples"]] == [("before", 4), ("adapted", 4)]
+    assert all(0 <= d["divergence"] <= 1 for row in results["samples"] for d in row["divergences"])
+    table = adapt.table(results)
+    gain = next(row["gain"]["mean"] for row in rows if row["gain"] and row["num_steps"] == 4)
+    assert f"{gain:+.4f}" in table and "before: MDLM" in table
+    assert "--train '--lora_r 2" in results["command"] and str(tmp_path / "run") not in results["command"]
+    before = (tmp_path / "run" / "checkpoint.safetensors").stat().st_mtime_ns
+    adapt.main([*command.split(), "--train", train])
+    assert (tmp_path / "run" / "checkpoint.safetensors").stat().st_mtime_ns == before
+    again = json.loads((tmp_path / "adapt.json").read_text())
+    assert again["bounds"]["rows"] == results["bounds"]["rows"]
+    with pytest.raises(ValueError, match="base must be given"):
+        adapt.main(["--data", str(data)])
+
+
+def test_curves_of_two_runs(tmp_path):
+    for name, shift in (("a", 0.0), ("b", 0.25)):
+        (tmp_path / name).mkdir()
+        rows = [{"step": step, "loss": 1 / step + shift * (step == 2)} for step in (1, 2, 3)] + [
+            {"step": 3, "seconds": 1}
+        ]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "curves.json"
+    curves.main(["--runs", f"{tmp_path / 'a'},{tmp_path / 'b'}", "--names", "one,two", "--out", str(out)])
+    results = json.loads(out.read_text())
+    assert results["largest_difference"] == pytest.approx(0.25) and results["curves"]["one"][0] == [1, 1.0]
+    assert out.with_suffix(".png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="names must be different, one for each"):
+        curves.main(["--runs", "a,b", "--names", "one", "--out", str(out)])
+    with pytest.raises(ValueError, match="'nowhere', where no 'loss' was logged"):
+        curves.main(["--runs", "nowhere", "--out", str(out)])
+
+
+@pytest.mark.parametrize("task", memory.TASKS)
+def test_memory_counts_shared_weights_once(task):
+    arguments = memory.MemoryArguments(length=16, batch_size=1, num_candidates=2, lora_r=2, only="small")
+    shared, separate = (memory.measure(arguments, "small", kind, task) for kind in memory.KINDS)
+    assert shared["parameters"] < separate["parameters"] and shared["bytes"] >= 0
+    rows = [{"size": "small", "task": task, "kind": "shared"} | shared]
+    rows.append({"size": "small", "task": task, "kind": "separate"} | separate)
+    assert f"| small | {task} |" in memory.table({"rows": rows})
 
 
 def test_negatives_of_a_row_do_not_depend_on_the_batch():

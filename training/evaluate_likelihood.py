@@ -77,7 +77,7 @@ NOTES = {
 @dataclass(kw_only=True)
 class LikelihoodArguments(CommaLists):
     model: str = field(default="", metadata={"help": "folder or repo of the model or denoiser, with its tokenizer"})
-    energies: str = field(default="", metadata={"help": "more energies, e.g. coar=FOLDER,nce=FOLDER"})
+    energies: str = field(default="", metadata={"help": "more energies, e.g. coar=FOLDER,nce@name=FOLDER"})
     only: str = field(
         default="", metadata={"help": "names of the energies to measure; default: all, the model's own too"}
     )

@@ -70,7 +70,9 @@ class EnergyArguments(LoopArguments, DataArguments, CommaLists):
     num_negatives: int = field(default=1, metadata={"help": "proposals that each text is told from"})
     energy_target: str = field(default="x0", metadata={"help": "x0: full candidates, as published; xs: the next state"})
     energy_pooling: str = field(default="sum", metadata={"help": "sum over revealed positions, or mean, as published"})
-    energy_num_layers: int = field(default=0, metadata={"help": "keep the denoiser's first blocks only; 0: all"})
+    energy_num_layers: int = field(
+        default=0, metadata={"help": "first blocks of the denoiser that the energy has; 0: half for xs, all for x0"}
+    )
     dropout: float = 0.0
     eval_blocks: int = field(default=64, metadata={"help": "validation blocks of the evaluations on the way"})
     final_eval_blocks: int = field(default=256, metadata={"help": "validation blocks of the last evaluation"})
@@ -102,12 +104,15 @@ class EnergyArguments(LoopArguments, DataArguments, CommaLists):
 def new_energy(arguments: EnergyArguments, denoiser: EDLMForMaskedLM):
     """The energy to be trained: an adapter over the denoiser, or a copy of its blocks."""
     torch.manual_seed(arguments.seed)
+    all_blocks = denoiser.config.num_hidden_layers
+    # half of them gain as much on a next state (README, "The light energy")
+    default = None if arguments.energy_target == "x0" else -(-all_blocks // 2)
     model = EDLMEnergyModel.from_denoiser(
         denoiser,
         share_weights=arguments.is_adapter,
         energy_target=arguments.energy_target,
         energy_pooling=arguments.energy_pooling,
-        energy_num_layers=arguments.energy_num_layers or None,
+        energy_num_layers=arguments.energy_num_layers or default,
         dropout=arguments.dropout,
     )
     if arguments.is_adapter:
