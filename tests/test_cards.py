@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from modeling_edlm import EDLMForCausalLM, EDLMModel
 from modeling_edlm.schedule import antithetic_times
-from training import evaluate_likelihood, evaluate_samples
+from training import adapt, evaluate_likelihood, evaluate_samples, memory
 from training.contrast import accuracy, contrast, energies
 from training.data import PackedTokens, tokenize
 from training.metrics import bits_per_character
@@ -37,18 +37,21 @@ def test_the_card_is_made_from_its_results():
 def test_the_readme_has_the_tables_of_the_results():
     """Every row of figures in README.md is, to the letter, one of the card or of what a results file prints."""
     printed = (FOLDER / "README.md").read_text()
+    modules = {"likelihood": evaluate_likelihood, "samples": evaluate_samples, "adapt": adapt, "memory": memory}
     for results in (ROOT / "hub_cards" / "results").glob("*.json"):
-        module = {"likelihood": evaluate_likelihood, "samples": evaluate_samples}.get(results.name.partition("-")[0])
+        module = modules.get(results.name.partition("-")[0])
         if module is not None:
             printed += module.table(json.loads(results.read_text())) + "\n"
     names = r"data \||MDLM|EDLM|AR \||AR, exact|autoregressive \||denoiser \||NCE energy \||published form"
+    names += r"|before|gain, |ESS, |other text|adapted|wiki|small \||full \|"
     rows = [row for row in (ROOT / "README.md").read_text().splitlines() if re.match(rf"\| ({names})", row)]
     assert len(rows) >= 30 and not [row for row in rows if row not in printed]
 
 
-def test_the_step_card_says_what_its_metrics_say():
-    card = (ROOT / "hub_cards" / "edlm-wiki27-step" / "README.md").read_text()
-    last = json.loads((ROOT / "hub_cards" / "results" / "edlm-wiki27-step.jsonl").read_text().splitlines()[-1])
+@pytest.mark.parametrize("name", ["step", "light"])
+def test_the_cards_of_step_energies_say_what_their_metrics_say(name):
+    card = (ROOT / "hub_cards" / f"edlm-wiki27-{name}" / "README.md").read_text()
+    last = json.loads((ROOT / "hub_cards" / "results" / f"edlm-wiki27-{name}.jsonl").read_text().splitlines()[-1])
     assert f"held-out loss {last['validation_nce_loss']:.3f} (chance {last['chance']:.3f})" in card
     assert f"accuracy {last['validation_accuracy']:.3f}" in card and f"{last['seconds'] / 60:.0f} minutes" in card
     for name, value in last.items():
