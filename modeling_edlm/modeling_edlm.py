@@ -312,6 +312,12 @@ class EDLMEnergyModel(EDLMPreTrainedModel):
         energy = adapted.merge_and_unload() if merge else adapted.get_base_model()
         return energy.to(denoiser.device, denoiser.dtype).eval()
 
+    def save_pretrained(self, *args, **kwargs):
+        """As in the library, for a network with weights of its own."""
+        if any(".modules_to_save." in name for name, _ in self.named_parameters()):
+            raise ValueError("this energy is an adapter: save the EDLMModel that has it, or merge it (from_adapter)")
+        super().save_pretrained(*args, **kwargs)
+
     def forward(self, input_ids, xt=None, t=None, attention_mask=None, **kwargs) -> SequenceClassifierOutput:
         """Energies of candidates.
 

@@ -202,6 +202,8 @@ def test_a_whole_model_keeps_its_adapter(folders, tmp_path):
     assert torch.equal(loaded.generate(**options), model.generate(**options))
     with pytest.raises(ValueError, match="push_to_hub=True would leave the adapter behind"):
         model.save_pretrained(tmp_path / "no", push_to_hub=True)
+    with pytest.raises(ValueError, match="this energy is an adapter: save the EDLMModel"):
+        model.energy_model.save_pretrained(tmp_path / "no")
     moved = tmp_path / "elsewhere"
     shutil.move(tmp_path / "whole", moved)  # nothing in it says where it was
     assert torch.equal(EDLMModel.from_pretrained(moved).energy(*inputs), energy)
