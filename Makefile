@@ -20,7 +20,7 @@ demo: .venv/.stamp-demo model
 	$(PYTHON_VENV) hub_cards/demo.py --model $(MODEL)
 
 test: .venv/.stamp-test model
-	$(PYTHON_VENV) -m pytest tests
+	$(PYTHON_VENV) -m pytest tests -n auto --maxprocesses 8 --dist worksteal
 
 lint: .venv/.stamp-test
 	$(PYTHON_VENV) -m ruff check .

@@ -1,7 +1,7 @@
 """Fit a model to other text by an energy alone, and say what it gained: train, bound, sample, compare, in one command.
 
     python -m training.adapt --base hub_cards/edlm-wiki27 --data FOLDER --train "--lora_r 16 --max_steps 400" \
-        --output_dir runs/books --out hub_cards/results/adapt-books.json
+        --out hub_cards/results/adapt-books.json
     python -m training.adapt --from_json hub_cards/results/adapt-books.json
 
 The denoiser is not changed. "Before" is the denoiser alone (MDLM) at the same number of steps; "after" is the same with
@@ -52,7 +52,7 @@ class AdaptArguments(CommaLists):
     energy_batch_size: int = 32
     mixed_precision: str = field(default="no", metadata={"help": "no or bf16, for training and bound"})
     seed: int = 0
-    output_dir: str = field(default="", metadata={"help": "folder of the training run"})
+    output_dir: str = field(default="", metadata={"help": "folder of the training run; default: runs/<name of out>"})
     cache_dir: str = field(default="", metadata={"help": "where token ids are kept; default: output_dir/tokens"})
     num_processes: int = field(default=1, metadata={"help": "processes of the bound, on CPUs"})
     num_threads: int = field(default=0, metadata={"help": "CPU threads; 0: torch's default"})
@@ -60,7 +60,9 @@ class AdaptArguments(CommaLists):
     from_json: str = field(default="", metadata={"help": "measure nothing, print the tables of this file again"})
 
     def __post_init__(self):
-        for name in ("base", "data", "output_dir", "out"):
+        if not self.output_dir:
+            self.output_dir = str(Path("runs") / Path(self.out).stem)
+        for name in ("base", "data", "out"):
             if not self.from_json and not getattr(self, name):
                 raise ValueError(f"{name} must be given, got {getattr(self, name)!r}")
         for name in ("num_steps", "num_candidates", "sample_steps"):
