@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None):
                 write_whole(out_dir / "evaluation.png", lambda path: plot(quality, curve, path))
                 accelerator.print(f"\nevaluation: {out_dir / 'evaluation.json'}, .png")
         gains = {f"gain_T{row['num_steps']}": row["bits_per_token"] for row in quality.get("gains", [])}
-        by_t = {f"{name}_t<={row['t']:g}": row[name] for row in quality["by_t"] for name in ("accuracy", "ess")}
+        by_t = {f"{k}_t<={row['t']:g}": row[k] for row in quality["by_t"] for k in ("accuracy", "nce_loss", "ess")}
         return quality["all"] | by_t | gains
 
     def save(model, weights, folder):

@@ -187,7 +187,8 @@ def train(
         with torch.no_grad(), averages.shown(weights), _gathered(model):
             row = evaluate(model.eval(), is_last)
         _log(accelerator, metrics_path, step, {"seconds": seconds_before + time.monotonic() - started} | row)
-        accelerator.print(f"\nstep {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in row.items()))
+        shown = (f"{k} {v:.4g}" for k, v in row.items() if "<=" not in k)  # those by bucket are in the log
+        accelerator.print(f"\nstep {step}: " + ", ".join(shown))
 
     progress = tqdm(total=arguments.max_steps, initial=step, disable=not accelerator.is_main_process, smoothing=0.05)
     accumulation = arguments.gradient_accumulation_steps
