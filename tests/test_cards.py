@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from modeling_edlm import EDLMForCausalLM, EDLMModel
 from modeling_edlm.schedule import antithetic_times
 from training import adapt, evaluate_likelihood, evaluate_samples, memory
-from training.contrast import accuracy, contrast, energies
+from training.contrast import accuracy, contrast, draw_contrast, energies
 from training.data import PackedTokens, tokenize
 from training.metrics import bits_per_character
 from training.pretrain import mdlm_loss
@@ -70,6 +70,19 @@ def test_the_shipped_folder_is_small_and_whole():
         "energy": model.energy_model.num_parameters(),
         "ar": scorer.num_parameters(),
     }
+
+
+@pytest.mark.parametrize("name", ["step", "light", "books"])
+def test_shipped_energies_fit_the_shipped_model(name, held_out):
+    """An adapter by its checksum; and each has something to say of the next state."""
+    folder = ROOT / "hub_cards" / f"edlm-wiki27-{name}"
+    model = EDLMModel.from_pretrained(FOLDER).load_energy(str(folder))
+    assert (model.config.energy_adapter is not None) == (name == "books")
+    positive, negatives, xt, t, s = draw_contrast(model.denoiser, held_out, torch.arange(16), 16, 0, "xs", 3)
+    with torch.no_grad():
+        energy = model.energy(torch.cat((positive, negatives[:, 0])), torch.cat((xt, xt)), torch.cat((s, s)))
+    assert energy.isfinite().all() and energy.std() > 0.1
+    assert f"edlm-wiki27-{name}" in (ROOT / "README.md").read_text()
 
 
 def test_the_shipped_samples_come_again():

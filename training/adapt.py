@@ -11,6 +11,7 @@ Shapes: B samples or texts, L length.
 """
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -79,7 +80,9 @@ def stage(script: str, options: dict, more: str = "", num_processes: int = 1) ->
     arguments = [str(part) for name, value in options.items() if value != "" for part in (f"--{name}", value)]
     arguments = ["-m", f"training.{script}", *arguments, *shlex.split(more)]
     print(f"python {shlex.join(arguments)}", flush=True)
-    result = subprocess.run([sys.executable, *(launcher if num_processes > 1 else []), *arguments])
+    several = num_processes > 1  # on CPUs, accelerate must be told
+    env = os.environ | ({"ACCELERATE_USE_CPU": "true"} if several else {})
+    result = subprocess.run([sys.executable, *(launcher if several else []), *arguments], env=env)
     if result.returncode:
         raise SystemExit(f"training.{script} failed with exit status {result.returncode}; the same command goes on")
 
@@ -120,7 +123,7 @@ def bounds(arguments: AdaptArguments, run: Path) -> dict:
         "energy_batch_size": arguments.energy_batch_size,
         "seed": arguments.seed,
         "cache_dir": cache(arguments),
-        "num_threads": arguments.num_threads,
+        "num_threads": -(-arguments.num_threads // arguments.num_processes),
         "out": out,
     }
     stage("evaluate_likelihood", options, num_processes=arguments.num_processes)
