@@ -59,6 +59,16 @@ def test_the_cards_of_step_energies_say_what_their_metrics_say(name):
             assert f"{name.removeprefix('accuracy_')}: {value:.3f}" in card
 
 
+def test_the_card_of_the_adapter_says_what_was_measured():
+    card = (ROOT / "hub_cards" / "edlm-wiki27-books" / "README.md").read_text()
+    training = json.loads((ROOT / "hub_cards" / "results" / "adapt-books.json").read_text())["training"]
+    overall = training["all"]
+    assert f"NCE loss {overall['validation_nce_loss']:.3f} (chance {overall['chance']:.3f})" in card
+    assert f"accuracy {overall['validation_accuracy']:.3f}" in card and f"weights {overall['ess']:.2f}" in card
+    assert all(f"{gain['bits_per_token']:.4f} +- {gain['stderr']:.4f}" in card for gain in training["gains"])
+    assert training["command"] in card
+
+
 def test_the_shipped_folder_is_small_and_whole():
     files = [*FOLDER.glob("*.safetensors"), *FOLDER.glob("ar/*.safetensors")]
     assert 0 < sum(file.stat().st_size for file in files) <= 25e6
