@@ -58,7 +58,7 @@ class AdaptArguments(CommaLists):
     num_processes: int = field(default=1, metadata={"help": "processes of the bound, on CPUs"})
     num_threads: int = field(default=0, metadata={"help": "CPU threads; 0: torch's default"})
     out: str = field(default="", metadata={"help": "results, .json; the plot has the same name"})
-    from_json: str = field(default="", metadata={"help": "measure nothing, print the tables of this file again"})
+    from_json: str = field(default="", metadata={"help": "measure nothing: tables and plot of this file again"})
 
     def __post_init__(self):
         if not self.output_dir:
@@ -223,25 +223,26 @@ def table(results: dict) -> str:
 
 
 def plot(results: dict, path: Path) -> None:
-    """Bits against steps, ESS against t, divergences against n."""
+    """With the most candidates: gain against steps, ESS against t; divergences of samples against n."""
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    rows = [row for row in results["bounds"]["rows"] if row["estimator"] == "sampler"]
-    for name in dict.fromkeys(map(name_of, rows)):
-        here = [row for row in rows if name_of(row) == name]
-        bits = [row["bits_per_character"] for row in here]
-        errors = [2 * (value["stderr"] or 0) for value in bits]
-        label = "before: MDLM" if name == "MDLM" else name
-        left.errorbar(
-            [r["num_steps"] for r in here], [v["mean"] for v in bits], errors, marker="o", capsize=3, label=label
-        )
-        for row in here:
-            if row["energy"] and row["num_steps"] == max(r["num_steps"] for r in here):
-                points = [(b["t_at_most"] - 0.5 / NUM_BUCKETS, b["ess"]) for b in row["by_time"] if b["ess"]]
-                middle.plot(*zip(*points, strict=True), marker="o", label=f"{label}, T={row['num_steps']}")
+    data = results["bounds"]
+    rows = [row for row in data["rows"] if row["estimator"] == "sampler" and row["energy"]]
+    k = max(row["num_candidates"] for row in rows)
+    scale = data["tokens"] / data["characters"]
+    for name in dict.fromkeys(row["energy"] for row in rows):
+        here = [row for row in rows if (row["energy"], row["num_candidates"]) == (name, k)]
+        gains = [scale * row["gain"]["mean"] for row in here]
+        errors = [2 * scale * (row["gain"]["stderr"] or 0) for row in here]
+        left.errorbar([row["num_steps"] for row in here], gains, errors, marker="o", capsize=3, label=name)
+        last = here[-1]
+        points = [(b["t_at_most"] - 0.5 / NUM_BUCKETS, b["ess"]) for b in last["by_time"] if b["ess"] is not None]
+        middle.plot(*zip(*points, strict=True), marker="o", label=f"{name}, T={last['num_steps']}")
     left.set_xscale("log", base=2)
-    left.set(xlabel="denoising steps T", ylabel="bits per character, at most", title="test text")
-    middle.set(xlabel="t (1: all mask)", ylabel="effective sample size", xlim=(0, 1))
+    left.xaxis.set_major_formatter("{x:g}")
+    left.axhline(0, color="gray", linewidth=0.8)
+    left.set(xlabel="denoising steps T", ylabel="bits per character", title=f"gain over MDLM on test text, k={k}")
+    middle.set(xlabel="t (1: all mask)", ylabel=f"effective sample size of {k}", xlim=(0, 1), ylim=(1, k))
     floor = results["floor"]
     right.plot([d["n"] for d in floor], [d["divergence"] for d in floor], "k--", label="other text of the same kind")
     for row in results["samples"]:
@@ -262,7 +263,9 @@ def plot(results: dict, path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(AdaptArguments, __doc__, argv)
     if arguments.from_json:
-        print(table(read_results(arguments.from_json)))
+        results = read_results(arguments.from_json)
+        write_whole(Path(arguments.from_json).with_suffix(".png"), lambda path: plot(results, path))
+        print(table(results))
         return
     if arguments.num_threads:
         torch.set_num_threads(arguments.num_threads)
