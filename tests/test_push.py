@@ -202,7 +202,7 @@ def test_the_base_of_an_adapter_is_named_for_others(hub, adapter, monkeypatch, l
     assert contents(adapter) == before
 
 
-@pytest.mark.parametrize("name", ADAPTER_FILES.keys() - {"adapter_model.safetensors"})
+@pytest.mark.parametrize("name", sorted(ADAPTER_FILES.keys() - {"adapter_model.safetensors"}))
 def test_every_place_that_names_the_base_counts(adapter, name):
     write(adapter, {name: ADAPTER_FILES[name].replace(BASE, "/home/me/base")})
     with pytest.raises(ValueError, match=f"{name} has base_model.* '/home/me/base', which is no Hub repo"):
