@@ -314,7 +314,7 @@ class EDLMEnergyModel(EDLMPreTrainedModel):
 
     def save_pretrained(self, *args, **kwargs):
         """As in the library, for a network with weights of its own."""
-        if any(".modules_to_save." in name for name, _ in self.named_parameters()):
+        if any(".modules_to_save." in name for name, _ in self.named_parameters(remove_duplicate=False)):
             raise ValueError("this energy is an adapter: save the EDLMModel that has it, or merge it (from_adapter)")
         super().save_pretrained(*args, **kwargs)
 

@@ -488,7 +488,7 @@ def test_pass_cost_counts_the_blocks(variants):
         ({"mixed_precision": "fp8"}, "mixed_precision must be no or bf16, got 'fp8'"),
         ({"energies": "gan=folder"}, "energies must be ar=, coar= or nce= and a folder, got 'gan=folder'"),
         ({"energies": "coar="}, "energies .*'coar='"),
-        ({"energies": "nce=MODEL"}, "energies must be different, got a second 'nce' with 'nce=.*model'"),
+        ({"energies": "nce=MODEL"}, "energies must have different names .*got a second 'nce' with 'nce=.*model'"),
         ({"energies": "coar=SMALL"}, "energies has 'coar=.*small', which does not fit: .*vocab_size 7"),
         ({"ar": "SMALL"}, "ar='.*small' does not fit the model: .*vocab_size 7"),
         ({"data": "missing.txt"}, "missing.txt: no such file"),
