@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None):
             base=arguments.base,
             target="the next state" if arguments.energy_target == "xs" else "full candidates",
             trainable=f"{trainable:,}",
-            steps=arguments.max_steps,
+            steps=f"{'at most ' if arguments.patience else ''}{arguments.max_steps}",
             loss=f"{arguments.loss}, {arguments.num_negatives} negatives",
             command=arguments.command(),
         )
