@@ -420,14 +420,14 @@ class EDLMModel(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMixin):
         return SimpleNamespace(to_dict=lambda: info)
 
     @classmethod
-    def from_pretrained(cls, path, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As in the library; an energy that is an adapter is loaded over the denoiser it lies beside."""
-        loaded = super().from_pretrained(path, *args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.config.energy_adapter is not None and model.energy_model is None:
             where = {name: kwargs[name] for name in WHERE if kwargs.get(name) is not None}
             where["subfolder"] = "/".join(filter(None, (kwargs.get("subfolder"), model.config.energy_adapter)))
-            model.load_energy(path, **where)
+            model.load_energy(pretrained_model_name_or_path, **where)
         return loaded
 
     def save_pretrained(self, save_directory, *args, **kwargs):

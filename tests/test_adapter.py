@@ -196,7 +196,7 @@ def test_a_whole_model_keeps_its_adapter(folders, tmp_path):
     model.save_pretrained(tmp_path / "whole")
     names = load_file(tmp_path / "whole" / "model.safetensors").keys()
     assert all(name.startswith("denoiser.") for name in names)  # the blocks are there once
-    loaded = EDLMModel.from_pretrained(tmp_path / "whole")
+    loaded = EDLMModel.from_pretrained(pretrained_model_name_or_path=tmp_path / "whole")
     assert torch.equal(loaded.energy(*inputs), energy)
     options = {"batch_size": 3, "num_steps": 4, "energy_window": (1.0, 0.0), "seed": 0}
     assert torch.equal(loaded.generate(**options), model.generate(**options))
