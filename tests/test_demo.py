@@ -99,7 +99,11 @@ def piped(folder, environment, tmp_path_factory) -> tuple[str, dict]:
 def in_terminal(arguments: list[str], environment: dict[str, str], interrupt_at: str | None = None) -> tuple[int, str]:
     """Exit code and output of a run in a pseudo-terminal; SIGINT once `interrupt_at` has been written."""
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(arguments, env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
+
+    def heed():  # where the tests run in the background, the shell has told all of them to ignore SIGINT
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(arguments, env=environment, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=heed)
     os.close(theirs)
     output, deadline = b"", time.monotonic() + 60
     try:

@@ -31,12 +31,6 @@ PLAIN = 5  # draws without an energy
 LIKELIHOOD_OPTIONS = {"num_samples": 4, "num_times": 3, "seed": 7}
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A model with an NCE energy, a coAR and a step energy, an AR model and two texts of some 50 characters."""

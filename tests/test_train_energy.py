@@ -30,13 +30,6 @@ ROOT = Path(__file__).parents[1]
 DATA = str(Path(__file__).parent / "fixtures" / "wiki27-sample.parquet")
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """One process runs many trainings here; accelerate keeps its state for the process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A denoiser of two blocks with random weights, and its tokenizer."""

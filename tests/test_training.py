@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from toy import MASK, completions, log_mu, make_toy
 
@@ -29,13 +28,6 @@ def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     character_tokenizer(model_max_length=32).save_pretrained(folder)
     return str(folder)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """One process runs many trainings here; accelerate keeps its state for the process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def options(out, tokenizer=None, **changes) -> list[str]:
