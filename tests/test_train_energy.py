@@ -23,6 +23,7 @@ from modeling_edlm.adapter import checksum
 from modeling_edlm.energy import nce_loss, ranking_loss
 from modeling_edlm.likelihood import log_mean_ratio
 from training import adapt, compose, curves, memory, train_energy, trainer
+from training.contrast import draw_contrast, energies
 from training.data import character_tokenizer, read_texts
 from training.energy_quality import calibration
 
@@ -493,6 +494,20 @@ def test_memory_counts_shared_weights_once(task):
     rows = [{"size": "small", "task": task, "kind": "shared"} | shared]
     rows.append({"size": "small", "task": task, "kind": "separate"} | separate)
     assert f"| small | {task} |" in memory.table({"rows": rows})
+
+
+@pytest.mark.parametrize("target", ["x0", "xs"])
+def test_negatives_stay_with_their_row(target):
+    """Each energy of the one pass is that of its own text, state and time."""
+    model = make_toy("nce", target, length=8)
+    x0 = torch.randint(0, MASK, (16, 8), generator=torch.Generator().manual_seed(0))
+    positive, negatives, xt, t, s = draw_contrast(model.denoiser, x0, torch.arange(16), 16, 3, target, 3)
+    data, proposal = energies(model.energy_model, positive, negatives, xt, t, s)
+    time = t if target == "x0" else s
+    torch.testing.assert_close(data, model.energy(positive, xt, time))
+    for j in range(3):
+        torch.testing.assert_close(proposal[:, j], model.energy(negatives[:, j], xt, time))
+    assert proposal.shape == (16, 3) and len(proposal.unique()) > 6  # they are told apart
 
 
 def test_negatives_of_a_row_do_not_depend_on_the_batch():
