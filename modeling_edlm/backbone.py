@@ -1,12 +1,16 @@
 """One transformer for the denoiser, the NCE energy and the autoregressive model; its head is separate.
 
 Blocks of DiT (arXiv 2212.09748) with rotary positions (arXiv 2104.09864), as in MDLM. Causal or bidirectional, with
-or without adaptive layer norm. Shapes: N rows, L length, D hidden size, C conditioning width, H heads.
+or without adaptive layer norm. Shapes: N rows (in a conditioning vector 1, where it is the same for all), L length, Q
+positions that are needed, D hidden size, C conditioning width, H heads, M selected positions (flat in N * L).
 """
 
 import copy
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
 
 import torch
 from torch import nn
@@ -16,6 +20,22 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 CHUNK = 2**25  # entries of a (positions, vocabulary) table that exist at a time
+
+
+_compiling = ContextVar("compiling", default=False)  # of this thread: other threads go on as they were
+
+
+@contextmanager
+def compiled(enabled: bool = True):
+    """Within it the blocks of every backbone run through `torch.compile`, on a GPU as CUDA graphs.
+
+    Their shapes are static: rows are padded to a power of two, so a length has few of them.
+    """
+    token = _compiling.set(enabled)
+    try:
+        yield
+    finally:
+        _compiling.reset(token)
 
 
 def position_chunks(positions_M: torch.Tensor, vocab_size: int) -> Iterator[torch.Tensor]:
@@ -75,12 +95,19 @@ class AdaLayerNorm(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, bias=False)
         self.modulation = ZeroLinear(config.cond_dim, (2 + num_gates) * config.hidden_size) if config.cond_dim else None
 
-    def forward(self, x_NLD: torch.Tensor, cond_NC: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | float]:
-        x_NLD = self.norm(x_NLD)
+    def forward(self, x_NLD: torch.Tensor, cond_NC: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.modulation is None:
-            return x_NLD, 1.0
+            return self.norm(x_NLD), None
         shift, scale, *gate = self.modulation(cond_NC)[:, None].split(x_NLD.shape[-1], dim=-1)
-        return x_NLD * (1 + scale) + shift, gate[0] if gate else 1.0
+        gate = gate[0] if gate else None
+        if len(cond_NC) == 1:  # the same for all rows: one affine layer norm
+            weight_D = self.norm.weight * (1 + scale[0, 0])
+            return nn.functional.layer_norm(x_NLD, weight_D.shape, weight_D, shift[0, 0], self.norm.eps), gate
+        return torch.addcmul(shift, self.norm(x_NLD), 1 + scale), gate
+
+
+def add_gated(x_NLD: torch.Tensor, gate: torch.Tensor | None, y_NLD: torch.Tensor) -> torch.Tensor:
+    return x_NLD + y_NLD if gate is None else torch.addcmul(x_NLD, gate, y_NLD)
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, **kwargs):
@@ -102,17 +129,19 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x_NLD, rotary, attention_mask=None, past_key_values=None):
+    def forward(self, x_NLD, rotary, attention_mask=None, past_key_values=None, needed_NQ=None):
         N, L, D = x_NLD.shape
         query, key, value = self.qkv(x_NLD).view(N, L, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
         query, key = rotate(query, *rotary), rotate(key, *rotary)
+        if needed_NQ is not None:
+            query = query.gather(2, needed_NQ[:, None, :, None].expand(-1, query.shape[1], -1, self.head_dim))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         y_NLHD, _ = attend(
             self, query, key, value, attention_mask, scaling=self.head_dim**-0.5, is_causal=self.is_causal and L > 1
         )
-        return self.out(y_NLHD.reshape(N, L, D))
+        return self.out(y_NLHD.reshape(N, -1, D))
 
 
 class Block(GradientCheckpointingLayer):
@@ -125,12 +154,19 @@ class Block(GradientCheckpointingLayer):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_NLD, cond_NC, rotary, attention_mask=None, past_key_values=None):
+    def forward(self, x_NLD, cond_NC, rotary, attention_mask=None, past_key_values=None, needed_NQ=None):
+        """With `needed_NQ`, different positions of each row, (N, L, D) that is what it should be at these alone."""
         y_NLD, gate = self.norm1(x_NLD, cond_NC)
-        x_NLD = x_NLD + gate * self.dropout(self.attention(y_NLD, rotary, attention_mask, past_key_values))
+        y_NLD = self.dropout(self.attention(y_NLD, rotary, attention_mask, past_key_values, needed_NQ))
+        whole_NLD = x_NLD
+        if needed_NQ is not None:
+            index_NQD = needed_NQ[..., None].expand(-1, -1, x_NLD.shape[-1])
+            x_NLD = x_NLD.gather(1, index_NQD)
+        x_NLD = add_gated(x_NLD, gate, y_NLD)
         y_NLD, gate = self.norm2(x_NLD, cond_NC)
         y_NLD = self.fc2(nn.functional.gelu(self.fc1(y_NLD), approximate="tanh"))
-        return x_NLD + gate * self.dropout(y_NLD)
+        x_NLD = add_gated(x_NLD, gate, self.dropout(y_NLD))
+        return x_NLD if needed_NQ is None else whole_NLD.scatter(1, index_NQD, x_NLD.to(whole_NLD.dtype))
 
 
 class Backbone(nn.Module):
@@ -154,12 +190,15 @@ class Backbone(nn.Module):
         position_ids_NL: torch.Tensor | None = None,
         past_key_values=None,
         inputs_embeds: torch.Tensor | None = None,
+        where_NL: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             input_ids_NL: token ids; `inputs_embeds` (N, L, D) takes their place.
             noise_N: `schedule.conditioning(t)`, None where the network does not see time.
             attention_mask: (N, L), 1 for tokens and 0 for padding. position_ids_NL: counted over tokens when None.
+            where_NL: bool on the CPU, the positions whose hidden states are needed; None: all. The last block does
+                not work for the others.
         Returns:
             hidden states (N, L, D) and the conditioning (N, C), None without adaptive norms.
         """
@@ -184,12 +223,49 @@ class Backbone(nn.Module):
             mask = create_bidirectional_mask(config=self.config, inputs_embeds=x_NLD, attention_mask=attention_mask)
         cond_NC = None
         if self.time_embedding is not None:
-            if noise_N is None:
-                noise_N = x_NLD.new_zeros(N, dtype=torch.float32)
+            if noise_N is None:  # without time the conditioning is a constant
+                noise_N = x_NLD.new_zeros(1, dtype=torch.float32)
             cond_NC = nn.functional.silu(self.time_embedding(noise_N))
-        for block in self.blocks:
+        needed_NQ = None
+        if where_NL is not None and mask is None and not self.is_causal and not _compiling.get():
+            needed_NQ = needed_positions(where_NL, x_NLD.device)
+        if _compiling.get():
+            return run_compiled(self, x_NLD, cond_NC, rotary, mask), cond_NC
+        return self.run_blocks(x_NLD, cond_NC, rotary, mask, past_key_values, needed_NQ), cond_NC
+
+    def run_blocks(self, x_NLD, cond_NC, rotary, mask, past_key_values=None, needed_NQ=None) -> torch.Tensor:
+        *blocks, last = self.blocks
+        for block in blocks:
             x_NLD = block(x_NLD, cond_NC, rotary, mask, past_key_values)
-        return x_NLD, cond_NC
+        return last(x_NLD, cond_NC, rotary, mask, past_key_values, needed_NQ)
+
+
+def needed_positions(where_NL: torch.Tensor, device: torch.device) -> torch.Tensor | None:
+    """(N, Q) different positions of each row with those of `where` first, or None where nearly all are needed."""
+    most = int(where_NL.sum(-1).max())
+    if most > 0.75 * where_NL.shape[1]:
+        return None
+    return where_NL.byte().argsort(dim=-1, descending=True, stable=True)[:, : max(most, 1)].to(device)
+
+
+@cache
+def _compiled_blocks():
+    """Compiled once for all backbones: parameters are inputs of the graph."""
+    on_gpu = {"mode": "reduce-overhead"} if torch.cuda.is_available() else {}
+    return torch.compile(Backbone.run_blocks, dynamic=False, **on_gpu)
+
+
+def run_compiled(backbone: "Backbone", x_NLD, cond_NC, rotary, mask) -> torch.Tensor:
+    """`run_blocks` by the compiler, for rows padded to a power of two with copies of the last one."""
+    N = len(x_NLD)
+    extra = (1 << (N - 1).bit_length()) - N
+
+    def pad(x):
+        return x if x is None or len(x) != N or not extra else torch.cat((x, x[-1:].expand(extra, *x.shape[1:])))
+
+    # one code object serves denoiser and energy at every size
+    with torch._dynamo.config.patch(recompile_limit=256):
+        return _compiled_blocks()(backbone, *(pad(x) for x in (x_NLD, cond_NC)), tuple(map(pad, rotary)), pad(mask))[:N]
 
 
 class Head(nn.Module):
@@ -208,7 +284,8 @@ class Head(nn.Module):
             # few different shapes: on a CPU the kernels of half-precision products are cached for each one
             positions_M = nn.functional.pad(positions_M, (0, -M % 64 if M > 64 else 0))
             x_NLD = x_NLD.flatten(0, 1)[positions_M][:, None]
-            cond_NC = cond_NC[positions_M // L] if cond_NC is not None else None
+            if cond_NC is not None and len(cond_NC) > 1:
+                cond_NC = cond_NC[positions_M // L]
         x_NLD, _ = self.norm(x_NLD, cond_NC)
         y = self.linear(x_NLD)
         return y if positions_M is None else y[:M, 0]
@@ -231,11 +308,27 @@ def twin(module: nn.Module) -> nn.Module:
 
 def log_probs(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
     """Float32 log-softmax over the last axis with no mass on the mask token (a network may lack its column)."""
+    return suppress(logits.float().clone(), mask_token_id).log_softmax(-1)
+
+
+def suppress(logits: torch.Tensor, token_id: int) -> torch.Tensor:
+    """Logits of a network in float32 without the token, in place where they are that already."""
     logits = logits.float()
-    if mask_token_id < logits.shape[-1]:
-        column = torch.arange(logits.shape[-1], device=logits.device) == mask_token_id
-        logits = logits.masked_fill(column, float("-inf"))
-    return logits.log_softmax(-1)
+    if token_id < logits.shape[-1]:  # a network may lack its column
+        logits[..., token_id] = float("-inf")
+    return logits
+
+
+def rows_at_once(model: nn.Module, length: int) -> int:
+    """Rows of this length that one pass of a network takes: what keeps the device busy, if it fits into free memory."""
+    sizes = model.config.get_text_config()
+    bytes_of_row = 24 * length * sizes.hidden_size * model.dtype.itemsize  # of activations, at the widest place
+    if model.device.type == "cuda":
+        unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+        budget, busy = (torch.cuda.mem_get_info(model.device)[0] + unused) // 2, 2**14  # tokens
+    else:  # more than the caches hold makes a CPU slower
+        budget, busy = 2**26, 2**14
+    return max(1, min(busy // length, budget // bytes_of_row))
 
 
 def initialize(module: nn.Module, std: float) -> None:

@@ -8,7 +8,7 @@ Shapes: N rows, L length, D hidden size, V vocabulary, M selected positions (fla
 import torch
 from torch import nn
 
-from .backbone import Backbone, Head, ZeroLinear, log_probs, position_chunks
+from .backbone import Backbone, Head, ZeroLinear, position_chunks, suppress
 
 
 def causal_log_prob(
@@ -24,32 +24,31 @@ def causal_log_prob(
     Args:
         causal_lm: an `EDLMForCausalLM`, or any causal language model with the same token ids.
         x0_NL: tokens without masks at the places that count. where_NL: bool, the positions that count.
-        attention_mask: (N, L), 0 for padding on the left; the BOS then stands before the first token of each row.
+        attention_mask: (N, L), 0 for padding; the BOS then stands before the first token of each row.
     Returns:
         (N,) float32.
     """
-    bos = torch.full_like(x0_NL[:, :1], bos_token_id)
-    inputs_NL = torch.cat((bos, x0_NL[:, :-1]), dim=1)
-    if attention_mask is not None:
-        is_pad = nn.functional.pad(attention_mask[:, :-1], (1, 0)) == 0
-        inputs_NL = torch.where(is_pad, bos, inputs_NL)
-        where_NL = where_NL & attention_mask.bool()
+    if attention_mask is not None:  # the text first: what comes after it changes nothing in a causal model
+        order_NL = attention_mask.argsort(dim=-1, descending=True, stable=True)
+        x0_NL, where_NL = x0_NL.gather(1, order_NL), (where_NL & attention_mask.bool()).gather(1, order_NL)
+    inputs_NL = torch.cat((torch.full_like(x0_NL[:, :1], bos_token_id), x0_NL[:, :-1]), dim=1)
+    log_p_NL = torch.zeros(x0_NL.shape, device=x0_NL.device)
     if causal_lm.config.model_type == "edlm":  # projects the positions that count and no others, some at a time
-        encoded = causal_lm.encode(inputs_NL, attention_mask)
-        log_p_P, targets_P1 = torch.zeros(x0_NL.numel(), device=x0_NL.device), x0_NL.flatten()[:, None]
+        encoded = causal_lm.encode(inputs_NL)
         for now_M in position_chunks(where_NL.flatten().nonzero()[:, 0], causal_lm.config.vocab_size):
-            log_p_MV = log_probs(causal_lm.head(*encoded, now_M), mask_token_id)
-            log_p_P[now_M] = log_p_MV.gather(-1, targets_P1[now_M])[:, 0]
-        return log_p_P.view(x0_NL.shape).sum(-1)
+            logits_MV = suppress(causal_lm.head(*encoded, now_M), mask_token_id)
+            log_p_NL.view(-1)[now_M] = -nn.functional.cross_entropy(logits_MV, x0_NL.flatten()[now_M], reduction="none")
+        return log_p_NL.sum(-1)
     # a model of another library class gives the logits of whole rows, so some rows at a time
     rows = position_chunks(torch.arange(len(x0_NL), device=x0_NL.device), x0_NL.shape[1] * causal_lm.config.vocab_size)
-    sums = []
     for now_R in rows:
-        mask = None if attention_mask is None else attention_mask[now_R]
-        log_p_RLV = log_probs(causal_lm(inputs_NL[now_R], attention_mask=mask, use_cache=False).logits, mask_token_id)
-        log_p_RL = log_p_RLV.gather(-1, x0_NL[now_R, :, None])[..., 0]
-        sums.append(torch.where(where_NL[now_R], log_p_RL, 0.0).sum(-1))
-    return torch.cat(sums)
+        logits_RLV = suppress(causal_lm(inputs_NL[now_R], use_cache=False).logits, mask_token_id)
+        is_counted_RL = where_NL[now_R]
+        log_p_NL[now_R] = log_p_NL[now_R].masked_scatter(
+            is_counted_RL,
+            -nn.functional.cross_entropy(logits_RLV[is_counted_RL], x0_NL[now_R][is_counted_RL], reduction="none"),
+        )
+    return log_p_NL.sum(-1)
 
 
 class EnergyNetwork(nn.Module):
@@ -80,13 +79,17 @@ class EnergyNetwork(nn.Module):
         """Energies (N,) float32 of x_NL (x0, or xs with masks left) as a completion of xt_NL."""
         embed = self.backbone.embedding
         joined_NLD = self.projection(torch.cat((embed(xt_NL), embed(x_NL)), dim=-1))
-        y_NLD = self.head(*self.backbone(inputs_embeds=joined_NLD, noise_N=noise_N, attention_mask=attention_mask))
         if self.config.energy_pooling == "mean":
+            y_NLD = self.head(*self.backbone(inputs_embeds=joined_NLD, noise_N=noise_N, attention_mask=attention_mask))
             weight_NL = torch.ones_like(x_NL) if attention_mask is None else attention_mask
             weight_NL1 = (weight_NL / weight_NL.sum(-1, keepdim=True))[..., None].to(y_NLD.dtype)
             return self.scalar((y_NLD * weight_NL1).sum(1))[:, 0].float()
-        revealed_NL = (xt_NL == self.config.mask_token_id) & (x_NL != self.config.mask_token_id)
-        return (self.scalar(y_NLD)[..., 0].float() * revealed_NL).sum(-1)
+        is_revealed = (xt_NL == self.config.mask_token_id) & (x_NL != self.config.mask_token_id)
+        where_NL = is_revealed.cpu()
+        hidden = self.backbone(None, noise_N, attention_mask, inputs_embeds=joined_NLD, where_NL=where_NL)
+        positions_M = where_NL.flatten().nonzero()[:, 0].to(x_NL.device)
+        scalar_M = self.scalar(self.head(*hidden, positions_M))[:, 0].float()
+        return scalar_M.new_zeros(x_NL.numel()).scatter(0, positions_M, scalar_M).view(x_NL.shape).sum(-1)
 
     def scalar(self, y: torch.Tensor) -> torch.Tensor:
         return self.fc2(nn.functional.relu(self.fc1(y)))
@@ -100,22 +103,34 @@ def candidate_energies(
     log_mu_NK: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     batch_size: int | None = None,
-) -> torch.Tensor:
-    """Energies (N, K) of K candidates for each row, `batch_size` of them in one pass (None: all).
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Energies (N, K) of K candidates for each row, and how many of these were scored, (N,): equal ones once.
 
-    `energy` is a model's `energy(x, xt, t, attention_mask, log_mu)`; t is a scalar or (N,).
+    `energy` is a model's `energy(x, xt, t, attention_mask, log_mu)`; `batch_size` candidates go into one pass (None:
+    all); t is a scalar or (N,).
     """
     N, K, _ = x_NKL.shape
-    xt_PL = xt_NL.repeat_interleave(K, dim=0)  # P = N * K, the candidates of a row side by side
-    mask_PL = None if attention_mask is None else attention_mask.repeat_interleave(K, dim=0)
-    t_P = t.repeat_interleave(K) if isinstance(t, torch.Tensor) and t.ndim else None
-    x_PL, log_mu_P = x_NKL.flatten(0, 1), log_mu_NK.flatten()
+    scored_S, which_P = distinct(x_NKL)  # P = N * K, the candidates of a row side by side
+    x_PL, log_mu_P, row_S = x_NKL.flatten(0, 1), log_mu_NK.flatten(), scored_S // K
     energies = []
-    for start in range(0, N * K, batch_size or N * K):
-        now = slice(start, start + (batch_size or N * K))
-        mask = None if mask_PL is None else mask_PL[now]
-        energies.append(energy(x_PL[now], xt_PL[now], t if t_P is None else t_P[now], mask, log_mu_P[now]))
-    return torch.cat(energies).view(N, K)
+    for now_S in torch.arange(len(scored_S), device=x_NKL.device).split(batch_size or len(scored_S)):
+        candidate, row = scored_S[now_S], row_S[now_S]
+        mask = None if attention_mask is None else attention_mask[row]
+        now_t = t[row] if isinstance(t, torch.Tensor) and t.ndim else t
+        energies.append(energy(x_PL[candidate], xt_NL[row], now_t, mask, log_mu_P[candidate]))
+    return torch.cat(energies)[which_P].view(N, K), torch.bincount(row_S, minlength=N)
+
+
+def distinct(x_NKL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flat indices (S,) of one candidate of each kind in a row, and (N * K,) which of these every candidate is."""
+    N, K, _ = x_NKL.shape
+    candidate_K = torch.arange(K, device=x_NKL.device)
+    first_NK = candidate_K.repeat(N, 1)
+    for j in range(K - 2, -1, -1):
+        first_NK = torch.where((x_NKL == x_NKL[:, j : j + 1]).all(-1), j, first_NK)
+    is_first_P = (first_NK == candidate_K).flatten()
+    start_N1 = torch.arange(N, device=x_NKL.device)[:, None] * K
+    return is_first_P.nonzero()[:, 0], (is_first_P.cumsum(0) - 1)[(first_NK + start_N1).flatten()]
 
 
 def nce_loss(energy_data_N: torch.Tensor, energy_proposal: torch.Tensor) -> torch.Tensor:

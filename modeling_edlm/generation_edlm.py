@@ -1,19 +1,30 @@
 """generate(): where schedule, denoiser and energy meet (EDLM, arXiv 2410.21357, Algorithm 1).
 
-Shapes: B rows of the output, N rows stepped now, K candidates, L length, M selected positions (flat in N * L).
+Shapes: B rows of the output, N rows stepped now, K candidates, L length, T steps, V vocabulary, M selected positions
+(flat in N * L).
 """
 
 import copy
+import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from transformers import GenerationConfig
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.utils import ModelOutput
 
+from .backbone import compiled, rows_at_once, suppress
 from .energy import candidate_energies
+from .proposal import own_positions
 from .sampler import choose, uniforms
 from .schedule import reveal_steps, times
 
@@ -32,8 +43,15 @@ class EDLMGenerationConfig(GenerationConfig):
         shared_completion: whether the candidates of a step differ only in what the step reveals, and share one draw of
             the rest. An extension of the paper, for energies of x0: no candidate is kept for what is thrown away.
         energy_temperature: tau in the importance weights exp(-E / tau).
-        temperature: of the proposal's logits; the proposal so changed is the mu that the energy corrects.
-        energy_batch_size: candidates scored in one pass of the energy network; None is all of a step.
+        temperature, top_k, top_p: of the proposal's logits, in this order and after every `logits_processor`; the
+            proposal so changed is the mu that the energy corrects. None (or 0 for `top_k`): all tokens.
+        do_sample: False takes the most likely token at each position that is revealed, in a random order that is the
+            same each time unless a seed is given; all candidates would be equal, so no energy acts.
+        eos_token_id, pad_token_id: with an EOS (an id or several) what is generated after its first one becomes padding
+            (None: the EOS), and a row is finished when nothing before that is masked. None: text of the full length.
+        denoiser_batch_size, energy_batch_size: rows denoised, and candidates scored, in one pass; None is what keeps
+            the device busy and fits into its free memory. They change speed and memory, and no result.
+        compile: run the blocks through `torch.compile`, on a GPU as CUDA graphs. The first calls at a length are slow.
         output_history: keep the state after every step.
         return_dict_in_generate: return an `EDLMGenerationOutput` and not just the sequences.
 
@@ -52,8 +70,13 @@ class EDLMGenerationConfig(GenerationConfig):
         self.energy_window = kwargs.pop("energy_window", (1.0, 0.8))
         self.shared_completion = kwargs.pop("shared_completion", False)
         self.energy_temperature = kwargs.pop("energy_temperature", 1.0)
-        self.energy_batch_size = kwargs.pop("energy_batch_size", None)
         self.temperature = kwargs.pop("temperature", 1.0)
+        self.top_k = kwargs.pop("top_k", None)
+        self.top_p = kwargs.pop("top_p", None)
+        self.do_sample = kwargs.pop("do_sample", True)
+        self.denoiser_batch_size = kwargs.pop("denoiser_batch_size", None)
+        self.energy_batch_size = kwargs.pop("energy_batch_size", None)
+        self.compile = kwargs.pop("compile", False)
         self.output_history = kwargs.pop("output_history", False)
         self.return_dict_in_generate = kwargs.pop("return_dict_in_generate", False)
         self.bos_token_id = kwargs.pop("bos_token_id", None)
@@ -70,20 +93,32 @@ class EDLMGenerationConfig(GenerationConfig):
     def validate(self, **_):
         for name in ("num_steps", "num_candidates", "num_return_sequences"):
             _check_count(name, getattr(self, name))
-        for name in ("max_new_tokens", "max_length", "energy_batch_size"):
+        for name in ("max_new_tokens", "max_length", "denoiser_batch_size", "energy_batch_size"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
+        if self.top_k is not None:
+            _check_count("top_k", self.top_k, least=0)
+        for i in self.eos_token_ids + ([] if self.pad_token_id is None else [self.pad_token_id]):
+            _check_count("eos_token_id and pad_token_id", i, least=0)
         if self.max_length is not None and self.max_new_tokens is not None:
             raise ValueError(f"give max_length or max_new_tokens, not both: {self.max_length}, {self.max_new_tokens}")
         window = self.energy_window
         if not isinstance(window, list | tuple) or len(window) != 2 or not 1 >= window[0] >= window[1] >= 0:
             raise ValueError(f"energy_window must be (hi, lo) with 1 >= hi >= lo >= 0, got {window}")
         self.energy_window = tuple(window)  # a list in JSON
-        if not isinstance(self.shared_completion, bool):
-            raise ValueError(f"shared_completion must be true or false, got {self.shared_completion!r}")
+        for name in ("shared_completion", "do_sample", "compile", "output_history", "return_dict_in_generate"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("energy_temperature", "temperature"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        eos = self.eos_token_id
+        return [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
 
     @classmethod
     def from_model_config(cls, model_config):
@@ -114,7 +149,7 @@ class EDLMGenerationOutput(ModelOutput):
 
 
 class EDLMGenerationMixin:
-    """`generate()` for a class with a `denoiser`, an `energy_type` and, unless that is "none", an `energy`."""
+    """`generate()` for a class with a `denoiser`, an `energy_type` and, unless that is "none", `energy()`."""
 
     @torch.no_grad()
     def generate(
@@ -127,6 +162,9 @@ class EDLMGenerationMixin:
         first_row: int = 0,
         seed: int | None = None,
         generator: torch.Generator | None = None,
+        logits_processor: list[Callable] | None = None,
+        stopping_criteria: list[Callable] | None = None,
+        streamer=None,
         callback_on_step_end: Callable | None = None,
         **kwargs,
     ) -> EDLMGenerationOutput | torch.LongTensor:
@@ -134,12 +172,20 @@ class EDLMGenerationMixin:
 
         Args:
             input_ids: (B, L) prompts; tokens that are given never change. None: `batch_size` free samples.
-            attention_mask: (B, L), 0 for padding on the left of shorter prompts.
+            attention_mask: (B, L), 0 for padding on the left or the right of shorter prompts. New tokens follow each
+                prompt at once; padding on the right stays on the right.
             generation_config: default `self.generation_config`; keyword arguments change single fields of it.
             first_row: number of the first row, where this batch is one part of a larger one.
             seed: fixes each row by its number, whatever the batch. generator: a seed is drawn from it instead.
-            callback_on_step_end: called as `(model, step, t, {"sequences": (B, L)})` after every step; the tensor is
-                the canvas itself, so clone what is to be kept.
+            logits_processor: called as in the library, `(input_ids, scores)` to scores (M, V), for the M positions
+                that are drawn; `input_ids` (M, L) are the states they stand in, masks included. One that has the
+                arguments `cur_step` or `positions` is given the step and the place (M,) of each in its text.
+            stopping_criteria: called as in the library after each step, `(states (B, L), None)` to bool (B,): rows to
+                be left as they are, masks included.
+            streamer: gets the prompt, each state by `put_draft` if it has that, and what was generated at the end.
+            callback_on_step_end: called as `(model, step, t, state)` after every step. state["sequences"] (B, L) is the
+                canvas itself, so clone what is to be kept; where an energy acted there are also "rows" (N,),
+                "candidates" (N, K, L), their "energies" (N, K) and the index "kept" (N,).
         Returns:
             sequences (B * num_return_sequences, L), or an `EDLMGenerationOutput`.
         Raises:
@@ -152,76 +198,80 @@ class EDLMGenerationMixin:
             raise ValueError(f"seed must be an integer, got {seed!r}")
         if seed is not None and generator is not None:
             raise ValueError(f"give seed or generator, not both: got seed={seed} and {generator}")
+        if seed is None and not config.do_sample and generator is None:
+            seed = 0
         if seed is None:
             seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator and generator.device))
         xt_BL, attention_mask = self._canvas(input_ids, attention_mask, config, batch_size)
-        with in_eval_mode(self):
-            output = self._denoise(xt_BL, attention_mask, config, seed, first_row, callback_on_step_end)
+        watch = Watch(self, xt_BL, attention_mask, config, stopping_criteria, streamer, callback_on_step_end)
+        process = logits_process(config, logits_processor, self.config.mask_token_id)
+        with in_eval_mode(self), compiled(config.compile):
+            output = self._denoise(xt_BL, attention_mask, config, seed, first_row, process, watch)
         return output if config.return_dict_in_generate else output.sequences
 
-    def _denoise(self, xt_BL, attention_mask, config, seed, first_row, callback) -> EDLMGenerationOutput:
+    diffusion_generate = generate
+
+    def _denoise(self, xt_BL, attention_mask, config, seed, first_row, process, watch) -> EDLMGenerationOutput:
         """The sampling loop. What is revealed when is drawn first, on the CPU: it depends on no token value."""
-        (B, L), T, K, device = xt_BL.shape, config.num_steps, config.num_candidates, xt_BL.device
-        u_BL = uniforms(seed, torch.arange(first_row, first_row + B)[:, None], REVEAL, torch.arange(L), 0)
-        free_BL = (xt_BL == self.config.mask_token_id) & (True if attention_mask is None else attention_mask.bool())
-        reveal_BL = torch.where(free_BL.cpu(), reveal_steps(u_BL, T), -1)  # -1: given, never touched
-        nfe_B, energy_nfe_B = torch.zeros(2, B, dtype=torch.int64)
+        (B, L), T, device = xt_BL.shape, config.num_steps, xt_BL.device
+        place_BL = own_positions(xt_BL, attention_mask).cpu()
+        u_BL = uniforms(seed, torch.arange(first_row, first_row + B)[:, None], REVEAL, place_BL, 0)
+        reveal_BL = torch.where(watch.free_BL.cpu(), reveal_steps(u_BL, T), -1)  # -1: given, never touched
+        nfe_B, energy_nfe_B = torch.zeros(2, B, dtype=torch.int64, device=device)
         energies_BT, ess_BT = torch.full((2, B, T), float("nan"), device=device)
-        health = Health(T, device)
-        history = [xt_BL.clone()]
-        hi, lo = config.energy_window
+        health, (hi, lo) = Health(T, device), config.energy_window
+        energy_acts = config.num_candidates > 1 and self.energy_type != "none" and config.do_sample
+        rows_at_a_time = config.denoiser_batch_size or rows_at_once(self.denoiser, L)
 
         for step, (t, s) in enumerate(pairwise(times(T).tolist())):
-            rows_N = (reveal_BL == step).any(-1).nonzero()[:, 0]
-            if len(rows_N):  # a row in which nothing is revealed costs nothing
-                now_NL, masked_NL = reveal_BL[rows_N] == step, reveal_BL[rows_N] >= step
-                mask_NL = None if attention_mask is None else attention_mask[rows_N.to(device)]
-                state = State(xt_BL[rows_N.to(device)], mask_NL, rows_N + first_row, step, t, s, seed, health)
-                if K > 1 and self.energy_type != "none" and lo - 1e-9 <= t <= hi + 1e-9:
-                    x_NL, energy_N, ess_N = self._resample(state, now_NL, masked_NL, config)
-                    energies_BT[rows_N, step], ess_BT[rows_N, step] = energy_N, ess_N
-                    energy_nfe_B[rows_N] += K
+            rows_E = ((reveal_BL == step).any(-1) & ~watch.done_B).nonzero()[:, 0]  # others cost nothing
+            for rows_N in rows_E.split(rows_at_a_time) if len(rows_E) else ():
+                now_NL, masked_NL, on_N = reveal_BL[rows_N] == step, reveal_BL[rows_N] >= step, rows_N.to(device)
+                mask_NL = None if attention_mask is None else attention_mask[on_N]
+                state = State(xt_BL[on_N], mask_NL, on_N + first_row, step, t, s, seed, process, health)
+                if energy_acts and lo - 1e-9 <= t <= hi + 1e-9:
+                    x_NKL, energy_NK, scored_N = self._score(state, now_NL, masked_NL, config)
+                    u_N = uniforms(seed, state.rows_N, step, CHOICE, 0)
+                    kept_N, ess_BT[on_N, step] = choose(energy_NK, config.energy_temperature, u_N)
+                    n = torch.arange(len(on_N), device=device)
+                    x_NL, energies_BT[on_N, step] = x_NKL[n, kept_N], energy_NK[n, kept_N]
+                    energy_nfe_B[on_N] += scored_N
+                    health.note("energies", energy_NK.isnan().any() | ess_BT[on_N, step].isnan().any(), step)
+                    watch.choice(on_N, x_NKL, energy_NK, kept_N)
                 else:
-                    x_NL = self._propose(state, now_NL, 1, config.temperature)[0][:, 0]
-                xt_BL[rows_N.to(device)] = torch.where(now_NL.to(device), x_NL, state.xt_NL)
-                nfe_B[rows_N] += 1
-            if config.output_history:
-                history.append(xt_BL.clone())
-            if callback is not None:
-                callback(self, step, t, {"sequences": xt_BL})
+                    x_NL = self._propose(state, now_NL, 1, config)[0][:, 0]
+                xt_BL[on_N] = torch.where(now_NL.to(device), x_NL, state.xt_NL)
+                nfe_B[on_N] += 1
+            if watch.step_end(step, t):
+                break
 
         health.check()
-        history = tuple(history) if config.output_history else None
-        return EDLMGenerationOutput(xt_BL, nfe_B.to(device), energy_nfe_B.to(device), energies_BT, ess_BT, history)
+        return EDLMGenerationOutput(watch.end(), nfe_B, energy_nfe_B, energies_BT, ess_BT, watch.history)
 
-    def _resample(self, state: "State", now_NL, masked_NL, config):
-        """Keep one of K candidates: x (N, L), its energy (N,) and the effective sample size (N,)."""
+    def _score(self, state: "State", now_NL, masked_NL, config):
+        """K candidates (N, K, L), their energies (N, K), and how many different ones there were (N,)."""
         is_x0 = self.config.energy_target == "x0"  # a step energy sees only what this step reveals
         varied_NL = now_NL if config.shared_completion else None
-        x_NKL, log_mu_NK = self._propose(
-            state, masked_NL if is_x0 else now_NL, config.num_candidates, config.temperature, varied_NL
+        where_NL = masked_NL if is_x0 else now_NL
+        x_NKL, log_mu_NK = self._propose(state, where_NL, config.num_candidates, config, varied_NL)
+        at_a_time = config.energy_batch_size or rows_at_once(self.energy_model, x_NKL.shape[-1])
+        time = state.t if is_x0 else state.s
+        return x_NKL, *candidate_energies(
+            self.energy, x_NKL, state.xt_NL, time, log_mu_NK, state.attention_mask, at_a_time
         )
-        energy_NK = candidate_energies(
-            self.energy,
-            x_NKL,
-            state.xt_NL,
-            state.t if is_x0 else state.s,
-            log_mu_NK,
-            state.attention_mask,
-            config.energy_batch_size,
-        )
-        rows_N = state.rows_N.to(x_NKL.device)
-        choice_N, ess_N = choose(
-            energy_NK, config.energy_temperature, uniforms(state.seed, rows_N, state.step, CHOICE, 0)
-        )
-        state.health.note("energies", energy_NK.isnan().any() | ess_N.isnan().any(), state.step)
-        n = torch.arange(len(x_NKL), device=x_NKL.device)
-        return x_NKL[n, choice_N], energy_NK[n, choice_N], ess_N
 
-    def _propose(self, state: "State", where_NL: torch.Tensor, K: int, temperature: float, varied_NL=None):
+    def _propose(self, state: "State", where_NL: torch.Tensor, K: int, config, varied_NL=None):
         counters = state.seed, state.rows_N, state.step
         x_NKL, log_mu_NK = self.denoiser.propose(
-            state.xt_NL, where_NL, K, *counters, state.t, state.attention_mask, temperature, varied_NL
+            state.xt_NL,
+            where_NL,
+            K,
+            *counters,
+            state.t,
+            state.attention_mask,
+            varied_NL,
+            state.process and (lambda *args: state.process(state.step, *args)),
+            config.do_sample,
         )
         state.health.note("logits", log_mu_NK.isnan().any(), state.step)
         return x_NKL, log_mu_NK
@@ -232,15 +282,18 @@ class EDLMGenerationMixin:
             raise ValueError(f"generation_config must be an EDLMGenerationConfig, got {type(config).__name__}")
         if changes.get("max_length") or changes.get("max_new_tokens"):  # the caller's wish beats either default
             config.max_length = config.max_new_tokens = None
-        allowed = config.__dict__.keys() - {"transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"}
+        allowed = config.__dict__.keys() - {"transformers_version", "bos_token_id"}
         if unknown := sorted(name for name in changes if name not in allowed or name.startswith("_")):
             raise ValueError(f"generate() has no argument {unknown}")
         config.__dict__.update(changes)
         config.validate()
+        for i in config.eos_token_ids + ([] if config.pad_token_id is None else [config.pad_token_id]):
+            if i >= self.config.vocab_size or i == self.config.mask_token_id:
+                raise ValueError(f"eos_token_id and pad_token_id must be tokens of the vocabulary, got {i}")
         return config
 
     def _canvas(self, input_ids, attention_mask, config, batch_size):
-        """The start: prompts, then masks up to the length; and the attention mask, None without padding."""
+        """The start: prompts, each with masks after it; and the attention mask, None without padding."""
         longest, mask = self.config.max_position_embeddings, self.config.mask_token_id
         if input_ids is None:
             if attention_mask is not None:
@@ -268,12 +321,16 @@ class EDLMGenerationMixin:
                 f"max_length={config.max_length} make {length} tokens, more than max_position_embeddings={longest}"
             )
         new_BL = input_ids.new_full((B, length - prompt_length), mask)
-        xt_BL = torch.cat((input_ids, new_BL), dim=1).to(self.device)
+        xt_BL = torch.cat((input_ids, new_BL), dim=1)
         if attention_mask is not None:
             attention_mask = torch.cat((attention_mask.to(new_BL.device), torch.ones_like(new_BL)), dim=1)
+            # padding on the right of a prompt, with a text before it, goes to the end of the row
+            is_right_BL = (attention_mask == 0) & (attention_mask.cumsum(-1) > 0)
+            order_BL = is_right_BL.byte().argsort(dim=-1, stable=True)
+            xt_BL, attention_mask = xt_BL.gather(1, order_BL), attention_mask.gather(1, order_BL)
             attention_mask = attention_mask.repeat_interleave(config.num_return_sequences, dim=0).to(self.device)
             attention_mask = None if attention_mask.all() else attention_mask  # nothing is padded: nothing to mask
-        return xt_BL.repeat_interleave(config.num_return_sequences, dim=0), attention_mask
+        return xt_BL.repeat_interleave(config.num_return_sequences, dim=0).to(self.device), attention_mask
 
     def adjust_generation_fn(
         self,
@@ -324,7 +381,91 @@ class State:
     t: float
     s: float
     seed: int
+    process: Callable | None
     health: "Health"
+
+
+class Watch:
+    """What looks on while a canvas is filled, and says which rows are done: EOS, stopping criteria, streamer, callback.
+
+    free_BL: what is to be filled, on the device. done_B: rows that are finished or stopped, on the CPU.
+    """
+
+    def __init__(self, model, xt_BL, attention_mask, config, stopping_criteria, streamer, callback):
+        self.model, self.xt_BL, self.streamer, self.callback = model, xt_BL, streamer, callback
+        self.mask_token_id, self.eos = model.config.mask_token_id, config.eos_token_ids
+        self.pad = next((i for i in (config.pad_token_id, *self.eos) if i is not None), None)
+        self.criteria = StoppingCriteriaList(stopping_criteria or ())
+        self.history = (xt_BL.clone(),) if config.output_history else None
+        is_text_BL = torch.ones_like(xt_BL, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        self.free_BL = (xt_BL == self.mask_token_id) & is_text_BL
+        is_given_BL = is_text_BL & ~self.free_BL
+        self.tail_BL = is_text_BL & (is_given_BL.flip(-1).cumsum(-1).flip(-1) == 0)  # after the last given token
+        self.done_B = torch.zeros(len(xt_BL), dtype=torch.bool)
+        self.choices = []
+        if streamer is not None:  # the prompt: what stands before the first position that is to be filled
+            is_before_L = ~self.free_BL.any(0).cumsum(-1).bool()
+            self.start = int(is_before_L.sum())
+            streamer.put(xt_BL[:, : self.start].cpu())
+
+    def choice(self, rows_N, x_NKL, energy_NK, kept_N) -> None:
+        if self.callback is not None:
+            self.choices.append((rows_N, x_NKL, energy_NK, kept_N))
+
+    def step_end(self, step: int, t: float) -> bool:
+        """Whether all rows are done."""
+        if self.history is not None:
+            self.history += (self.xt_BL.clone(),)
+        if self.callback is not None:
+            names = ("rows", "candidates", "energies", "kept")
+            parts = (
+                dict(zip(names, map(torch.cat, zip(*self.choices, strict=True)), strict=True)) if self.choices else {}
+            )
+            self.callback(self.model, step, t, {"sequences": self.xt_BL} | parts)
+            self.choices = []
+        if hasattr(self.streamer, "put_draft"):
+            self.streamer.put_draft(self.xt_BL[:, self.start :].cpu())
+        if self.eos:  # nothing that is still masked comes before the first EOS
+            is_open_BL = (self.xt_BL == self.mask_token_id) & self.free_BL & ~self.after_eos()
+            self.done_B |= ~is_open_BL.any(-1).cpu()
+        if self.criteria:
+            self.done_B |= self.criteria(self.xt_BL, None).cpu()
+        return bool((self.eos or self.criteria) and self.done_B.all())
+
+    def after_eos(self) -> torch.Tensor:
+        """(B, L) bool: what comes after the first EOS that follows the last given token."""
+        is_eos_BL = torch.isin(self.xt_BL, torch.tensor(self.eos, device=self.xt_BL.device)) & self.tail_BL
+        return self.tail_BL & (is_eos_BL.cumsum(-1) - is_eos_BL.long() > 0)
+
+    def end(self) -> torch.Tensor:
+        """The sequences."""
+        if self.eos:
+            self.xt_BL.masked_fill_(self.after_eos(), self.pad)
+        if self.streamer is not None:
+            self.streamer.put(self.xt_BL[:, self.start :].cpu())
+            self.streamer.end()
+        return self.xt_BL
+
+
+def logits_process(config: EDLMGenerationConfig, logits_processor, mask_token_id: int) -> Callable | None:
+    """One function `(step, states (M, L), logits (M, V), positions (M,))` to logits of everything that changes them."""
+    processors = list(LogitsProcessorList(logits_processor or ()))
+    if config.do_sample:
+        processors += [TemperatureLogitsWarper(float(config.temperature))] if config.temperature != 1 else []
+        processors += [TopKLogitsWarper(config.top_k)] if config.top_k else []
+        processors += [TopPLogitsWarper(float(config.top_p))] if config.top_p not in (None, 1) else []
+    if not processors:
+        return None
+
+    def process(step, states_ML, logits_MV, positions_M):
+        offered = {"cur_step": step, "positions": positions_M}
+        for processor in processors:
+            wanted = inspect.signature(processor).parameters
+            extra = {name: value for name, value in offered.items() if name in wanted}
+            logits_MV = processor(states_ML, logits_MV, **extra)
+        return suppress(logits_MV, mask_token_id)
+
+    return process
 
 
 class Health:
@@ -357,9 +498,9 @@ def in_eval_mode(model: torch.nn.Module):
             module.training = True
 
 
-def _check_count(name: str, value) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+def _check_count(name: str, value, least: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
 def check_prompt(input_ids: torch.Tensor, vocab_size: int) -> None:
@@ -375,14 +516,18 @@ def check_prompt(input_ids: torch.Tensor, vocab_size: int) -> None:
 
 
 def check_attention_mask(attention_mask: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """The mask as int64, if it pads on the left; ValueError if not."""
+    """The mask as int64, if each row has one text with padding around it; ValueError if not."""
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids has {tuple(input_ids.shape)}"
         )
     attention_mask = attention_mask.long()
-    if ((attention_mask != 0) & (attention_mask != 1)).any() or (attention_mask.diff(dim=1) < 0).any():
-        raise ValueError("attention_mask must be 0 for padding on the left and 1 after it")
-    if (attention_mask.sum(-1) == 0).any():
+    if ((attention_mask != 0) & (attention_mask != 1)).any():
+        raise ValueError("attention_mask must be 0 for padding and 1 for text")
+    num_starts_B = attention_mask[:, 0] + (attention_mask.diff(dim=1) > 0).sum(-1)
+    if (num_starts_B > 1).any():
+        row = int((num_starts_B > 1).nonzero()[0])
+        raise ValueError(f"attention_mask must have its zeros before or after the text, row {row} has some within it")
+    if (num_starts_B == 0).any():
         raise ValueError("attention_mask leaves an empty prompt: a row of zeros")
     return attention_mask

@@ -298,7 +298,7 @@ def log_partition(
     masked_NL = (xt_NL == model.config.mask_token_id).cpu()
     x_NKL, log_mu_NK = model.denoiser.propose(xt_NL, masked_NL, num_samples, seed, t=t)
     log_w_NK = (
-        -candidate_energies(model.energy, x_NKL, xt_NL, t, log_mu_NK, batch_size=energy_batch_size).cpu().double()
+        -candidate_energies(model.energy, x_NKL, xt_NL, t, log_mu_NK, batch_size=energy_batch_size)[0].cpu().double()
     )
     log_z_N, _ = log_mean_exp(log_w_NK)
     return log_z_N, (log_w_NK - log_z_N[:, None]).exp().std(-1) / math.sqrt(num_samples)
@@ -358,7 +358,8 @@ def _weigh(model, x0_NL, attention_mask, moments: tuple, counts: tuple, counters
         xt_NL.flatten()[:, None].repeat(1, len(column_X)),
         torch.zeros(N * L, len(column_X), device=device),
     )
-    for chunk_M, log_mu_MV in model.denoiser.log_mu_chunks(xt_NL, masked_NL, t_N.float().to(device), attention_mask):
+    for chunk_M, logits_MV in model.denoiser.logit_chunks(xt_NL, masked_NL, t_N.float().to(device), attention_mask):
+        log_mu_MV = logits_MV.log_softmax(-1)
         log_mu_P[chunk_M] = log_mu_MV.gather(-1, x0_NL.flatten()[chunk_M, None])[:, 0]
         is_filled_M = filled_P.to(device)[chunk_M]
         chunk_M = chunk_M[is_filled_M]
@@ -373,7 +374,7 @@ def _weigh(model, x0_NL, attention_mask, moments: tuple, counts: tuple, counters
     log_w_NX = torch.zeros(N, len(column_X), dtype=torch.float64)
     if len(rows_A := active_N.nonzero()[:, 0]):
         on_A = rows_A.to(device)
-        energy_AX = candidate_energies(
+        energy_AX, _ = candidate_energies(
             model.energy,
             x_PX.view(N, L, -1)[on_A].transpose(1, 2),
             xt_NL[on_A],

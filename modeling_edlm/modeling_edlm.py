@@ -12,12 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Generat
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutput
 
 from .adapter import DESCRIPTION, energy_fields, find_adapter, load_adapter, save_adapter
-from .backbone import Backbone, Head, initialize, log_probs, position_chunks, twin
+from .backbone import Backbone, Head, initialize, log_probs, position_chunks, suppress, twin
 from .configuration_edlm import EDLMConfig
 from .energy import EnergyNetwork, causal_log_prob
 from .generation_edlm import EDLMGenerationConfig, EDLMGenerationMixin
 from .likelihood import EDLMLikelihoodMixin
-from .sampler import draw, uniforms
+from .proposal import ProposalMixin
 from .schedule import conditioning
 
 ADAPTER_FOLDER = "energy"  # within the folder of a whole model
@@ -57,7 +57,7 @@ class EDLMPreTrainedModel(PreTrainedModel):
         return conditioning(t_N)
 
 
-class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMixin):
+class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMixin, ProposalMixin):
     """The denoiser alone: a masked diffusion language model (MDLM, arXiv 2406.07524), with `generate()`."""
 
     base_model_prefix = "denoiser"  # where a whole EDLM keeps it
@@ -108,71 +108,22 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMi
             loss = nn.functional.nll_loss(log_p.view(-1, log_p.shape[-1]), labels)
         return MaskedLMOutput(loss=loss, logits=logits)
 
-    def encode(self, xt_NL, t=None, attention_mask=None, position_ids=None):
-        """The last hidden states (N, L, D) and the conditioning, from which `log_mu` projects what is needed."""
-        return self.backbone(xt_NL, self.noise(t, xt_NL), attention_mask, position_ids)
+    def encode(self, xt_NL, t=None, attention_mask=None, position_ids=None, where_NL=None):
+        """The last hidden states (N, L, D), where they are needed, and the conditioning: what `head` projects from."""
+        return self.backbone(xt_NL, self.noise(t, xt_NL), attention_mask, position_ids, where_NL=where_NL)
 
-    def log_mu(self, hidden_NLD, cond_NC, positions_M=None, temperature: float = 1.0) -> torch.Tensor:
-        """(M, V) float32 log mu_i(. | xt) at flat positions, taken to be masked; (N, L, V) without positions."""
-        logits = self.head(hidden_NLD, cond_NC, positions_M)
-        if temperature != 1:
-            logits = logits.float() / temperature
-        return log_probs(logits, self.config.mask_token_id)
-
-    def log_mu_chunks(self, xt_NL, where_NL, t=None, attention_mask=None, temperature: float = 1.0):
-        """Yields flat positions (M,) and log mu_i(. | xt) there (M, V): all of `where`, as many at once as fit.
-
-        `where_NL` is on the CPU, so that the device is not waited for.
-        """
-        encoded = self.encode(xt_NL, t, attention_mask)
+    def logit_chunks(self, xt_NL, where_NL, t=None, attention_mask=None):
+        encoded = self.encode(xt_NL, t, attention_mask, where_NL=where_NL)
         for chunk_M in position_chunks(where_NL.flatten().nonzero()[:, 0], self.config.vocab_size):
             chunk_M = chunk_M.to(xt_NL.device)
-            yield chunk_M, self.log_mu(*encoded, chunk_M, temperature)
-
-    @torch.no_grad()
-    def propose(
-        self,
-        xt_NL: torch.Tensor,
-        where_NL: torch.Tensor,
-        num_candidates: int,
-        seed: int,
-        rows_N: torch.Tensor | None = None,
-        step: int = 0,
-        t=None,
-        attention_mask: torch.Tensor | None = None,
-        temperature: float = 1.0,
-        varied_NL: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K independent draws from mu(. | xt) at `where`, all from one pass; only these positions are projected.
-
-        Args:
-            xt_NL: states. where_NL: bool on the CPU, what to fill.
-            seed, rows_N, step: with the position and the candidate, the counters of the uniforms.
-            temperature: of the logits; mu is what results.
-            varied_NL: bool on the CPU, where the candidates differ; elsewhere all have the first one's draw. None: all.
-        Returns:
-            x (N, K, L), xt with the drawn values in place, and log mu of what was drawn, (N, K) float32.
-        """
-        (N, L), K, device = xt_NL.shape, num_candidates, xt_NL.device
-        rows_N = torch.arange(N, device=device) if rows_N is None else rows_N.to(device)
-        x_PK = xt_NL.flatten()[:, None].repeat(1, K)  # P = N * L
-        log_mu_PK = torch.zeros(N * L, K, device=device)
-        for chunk_M, log_mu_MV in self.log_mu_chunks(xt_NL, where_NL, t, attention_mask, temperature):
-            place_M = rows_N[chunk_M // L, None], step, (chunk_M % L)[:, None]
-            candidate_MK = torch.arange(K, device=device)
-            if varied_NL is not None:  # the same uniform is the same draw
-                candidate_MK = candidate_MK * varied_NL.to(device).flatten()[chunk_M, None]
-            u_MK = uniforms(seed, *place_M, candidate_MK)
-            x_PK[chunk_M], log_mu_PK[chunk_M] = draw(log_mu_MV, u_MK)
-        # summed row by row, not scattered with atomics: the same seed gives the same bits
-        return x_PK.view(N, L, K).transpose(1, 2), log_mu_PK.view(N, L, K).sum(1)
+            yield chunk_M, suppress(self.head(*encoded, chunk_M), self.config.mask_token_id)
 
     def log_p_x0(self, xt, t=None, attention_mask=None) -> torch.Tensor:
         """SUBS log-probabilities (N, L, V), float32: no mass on the mask token, unmasked tokens carry over.
 
         Source: the SUBS parameterization of MDLM, arXiv 2406.07524.
         """
-        log_p_NLV = self.log_mu(*self.encode(xt, t, attention_mask))
+        log_p_NLV = log_probs(self.head(*self.encode(xt, t, attention_mask)), self.config.mask_token_id)
         carried_NLV = torch.full_like(log_p_NLV, float("-inf")).scatter_(-1, xt[..., None], 0.0)
         return torch.where((xt == self.config.mask_token_id)[..., None], log_p_NLV, carried_NLV)
 

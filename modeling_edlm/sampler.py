@@ -6,6 +6,7 @@ Shapes: N rows, K candidates, M selected positions, V vocabulary.
 """
 
 import torch
+from torch import nn
 
 
 def uniforms(seed: int, *counters: torch.Tensor | int) -> torch.Tensor:
@@ -22,19 +23,44 @@ def uniforms(seed: int, *counters: torch.Tensor | int) -> torch.Tensor:
     return _shift(state, 64 - bits).to(dtype) * 2.0**-bits
 
 
-def draw(log_p_MV: torch.Tensor, u_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """K independent draws from each row's distribution, by inverse CDF: one cumulative sum, then K look-ups.
+def draw(logits_MV: torch.Tensor, u_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """K independent draws from each row's softmax, by inverse CDF: one pass over the vocabulary, then K look-ups.
+
+    For a large vocabulary the CDF has two levels: that of blocks of tokens, and that of each block that was hit. Nothing
+    but these is accumulated in the dtype of u. Softmax and block sums are float32: the law is right to 1e-6.
 
     Args:
-        log_p_MV: log-probabilities, normalised or not, -inf for what must not be drawn.
-        u_MK: uniforms; their dtype is that of the cumulative sum.
+        logits_MV: float32, normalised or not, -inf for what must not be drawn.
+        u_MK: uniforms; their dtype is that of the cumulative sums.
     Returns:
-        x_MK int64 and their entries of log_p_MV, (M, K). A row of NaN (log_softmax spreads a single one) gives NaN.
+        x_MK int64 and its log-probabilities (M, K). A row of NaN (softmax spreads a single one) gives NaN.
     """
-    cdf_MV = (log_p_MV - log_p_MV.amax(-1, keepdim=True)).to(u_MK.dtype).exp().cumsum(-1)
+    p_MV = logits_MV.softmax(-1)
+    x_MK = (_look_up if p_MV.shape[-1] <= 1024 else _look_up_in_blocks)(p_MV, u_MK)
+    return x_MK, p_MV.gather(-1, x_MK).log()
+
+
+def _look_up(p_MV: torch.Tensor, u_MK: torch.Tensor) -> torch.Tensor:
+    cdf_MV = p_MV.to(u_MK.dtype).cumsum(-1)
     # right=True: a token without mass has the CDF of its predecessor and is never found
-    x_MK = torch.searchsorted(cdf_MV, u_MK * cdf_MV[:, -1:], right=True).clamp_(max=log_p_MV.shape[-1] - 1)
-    return x_MK, log_p_MV.gather(-1, x_MK)
+    return torch.searchsorted(cdf_MV, u_MK * cdf_MV[:, -1:], right=True).clamp_(max=p_MV.shape[-1] - 1)
+
+
+def _look_up_in_blocks(p_MV: torch.Tensor, u_MK: torch.Tensor, width: int = 64) -> torch.Tensor:
+    (M, V), K, dtype = p_MV.shape, u_MK.shape[-1], u_MK.dtype
+    whole = V // width * width
+    sums_MC = (p_MV[:, :whole].unflatten(-1, (-1, width)).sum(-1), p_MV[:, whole:].sum(-1, keepdim=True))
+    cdf_MC = torch.cat(sums_MC, dim=-1).to(dtype).cumsum(-1)
+    target_MK = u_MK * cdf_MC[:, -1:]
+    block_MK = torch.searchsorted(cdf_MC, target_MK, right=True).clamp_(max=cdf_MC.shape[-1] - 1)
+    x_MKW = block_MK[..., None] * width + torch.arange(width, device=p_MV.device)
+    p_MKW = p_MV.gather(-1, x_MKW.clamp(max=V - 1).flatten(1)).view(M, K, width).masked_fill_(x_MKW >= V, 0.0)
+    cdf_MKW = p_MKW.to(dtype).cumsum(-1)
+    start_MK = nn.functional.pad(cdf_MC, (1, 0)).gather(-1, block_MK)
+    # the sum of a block is rounded otherwise than the end of its CDF, which must not be reached
+    below_MK1 = cdf_MKW[..., -1:] * (1 - 2 * torch.finfo(dtype).eps)
+    inside_MK1 = torch.searchsorted(cdf_MKW, torch.minimum((target_MK - start_MK)[..., None], below_MK1), right=True)
+    return (block_MK * width + inside_MK1[..., 0]).clamp_(max=V - 1)
 
 
 def choose(energy_NK: torch.Tensor, temperature: float, u_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

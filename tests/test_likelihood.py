@@ -237,7 +237,7 @@ class TwoBits(EDLMLikelihoodMixin):
     def modules(self):
         return []
 
-    def log_mu_chunks(self, xt_NL, where_NL, t, attention_mask):
+    def logit_chunks(self, xt_NL, where_NL, t, attention_mask):
         flat_M = where_NL.flatten().nonzero()[:, 0]
         other_M = xt_NL.flip(1).flatten()[flat_M]
         p_MV = torch.nn.functional.one_hot(other_M, 3).float()
@@ -364,7 +364,7 @@ def test_units():
         ({"input_ids": torch.zeros(1, 4, dtype=torch.int64)}, "max_position_embeddings=3"),
         ({"prompt_mask": torch.ones(1, 3, dtype=torch.bool)}, "nothing to score in row 0"),
         ({"prompt_mask": torch.ones(1, 2, dtype=torch.bool)}, "prompt_mask has shape"),
-        ({"attention_mask": torch.tensor([[1, 1, 0]])}, "attention_mask"),
+        ({"attention_mask": torch.tensor([[1, 0, 1]])}, "attention_mask .*row 0"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
@@ -387,7 +387,7 @@ def test_nan_is_named():
 def test_the_draws_are_not_those_of_generate(monkeypatch):
     """A text sampled with a seed may be scored with the same seed: the uniforms have nothing in common."""
     import modeling_edlm.likelihood as likelihood
-    import modeling_edlm.modeling_edlm as module
+    import modeling_edlm.proposal as module
 
     seen = {"generate": [], "likelihood": []}
     for name, where in (("generate", module), ("likelihood", likelihood)):

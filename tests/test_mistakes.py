@@ -85,20 +85,21 @@ def test_04_time_is_converted_once():
 
 def test_05_a_half_precision_model_draws_in_full_precision(monkeypatch):
     """bfloat16 noise lowers the entropy of what is drawn; draws of a bfloat16 model are of float32 logits."""
-    import modeling_edlm.modeling_edlm as module
+    import modeling_edlm.proposal as module
 
     seen, plain = [], module.draw
 
-    def checked(log_p_MV, u_MK):
-        seen.append((log_p_MV.dtype, u_MK.dtype))
-        x_MK, log_p_MK = plain(log_p_MV, u_MK)
+    def checked(logits_MV, u_MK):
+        seen.append((logits_MV.dtype, u_MK.dtype))
+        x_MK, log_p_MK = plain(logits_MV, u_MK)
+        log_p_MV = logits_MV.log_softmax(-1)
         entropy = -(log_p_MV.exp() * log_p_MV.clamp(min=-1e4)).sum(-1).mean()
         assert float(-log_p_MK.mean()) == pytest.approx(float(entropy), abs=0.02)
         return x_MK, log_p_MK
 
     monkeypatch.setattr(module, "draw", checked)
     model = make_toy("none", length=8).to(torch.bfloat16)
-    model.generate(batch_size=20_000, num_steps=1, seed=0)
+    model.generate(batch_size=20_000, num_steps=1, seed=0, denoiser_batch_size=20_000)
     assert seen == [(torch.float32, torch.float64)]
 
 
@@ -207,7 +208,7 @@ def test_10_no_candidate_gets_a_copy_of_the_vocabulary(energy_type, monkeypatch)
 
 def test_11_every_draw_is_used(monkeypatch):
     """One draw for each candidate and position of a step, and one choice: nothing is drawn twice."""
-    import modeling_edlm.modeling_edlm as module
+    import modeling_edlm.proposal as module
 
     shapes, plain = [], module.draw
     monkeypatch.setattr(module, "draw", lambda p, u: shapes.append(tuple(u.shape)) or plain(p, u))
