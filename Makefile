@@ -27,7 +27,7 @@ lint: .venv/.stamp-test
 	$(PYTHON_VENV) -m ruff format --check .
 
 bench: .venv/.stamp-test model
-	$(PYTHON_VENV) -m training.bench
+	$(PYTHON_VENV) -m tests.bench
 
 # A Hub repo holds its code: the copies in hub_cards/*/ and hub_cards/metrics/*/ are made here and are not tracked.
 model: .venv/.stamp-demo

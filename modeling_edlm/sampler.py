@@ -26,8 +26,8 @@ def uniforms(seed: int, *counters: torch.Tensor | int) -> torch.Tensor:
 def draw(logits_MV: torch.Tensor, u_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """K independent draws from each row's softmax, by inverse CDF: one pass over the vocabulary, then K look-ups.
 
-    For a large vocabulary the CDF has two levels: that of blocks of tokens, and that of each block that was hit. Nothing
-    but these is accumulated in the dtype of u. Softmax and block sums are float32: the law is right to 1e-6.
+    For a large vocabulary the CDF has two levels: that of blocks of tokens, and that of each block that was hit. These
+    alone are accumulated in the dtype of u; softmax and block sums are float32, so the law is right to 1e-6.
 
     Args:
         logits_MV: float32, normalised or not, -inf for what must not be drawn.

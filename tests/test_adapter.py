@@ -184,10 +184,11 @@ def test_an_adapter_loads_four_ways(folders, tmp_path):
     assert checksum(base) == before
     assert not any("lora" in name for name in load_file(tmp_path / "merged" / "model.safetensors"))
     alone = EDLMEnergyModel.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(alone(x, xt=xt, t=t).logits[:, 0], energy, atol=1e-5, rtol=1e-5)
+    scale = float(energy.abs().max())  # an energy is a sum of scalars that may cancel
+    torch.testing.assert_close(alone(x, xt=xt, t=t).logits[:, 0], energy, atol=1e-5 * scale, rtol=0)
     other = EDLMModel.from_pretrained(root / "base").load_energy(str(tmp_path / "merged"))  # a network of its own
     assert other.config.energy_adapter is None
-    torch.testing.assert_close(other.energy(*inputs), energy, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(other.energy(*inputs), energy, atol=1e-5 * scale, rtol=0)
 
 
 def test_a_whole_model_keeps_its_adapter(folders, tmp_path):

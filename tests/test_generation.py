@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import shutil
 
 import pytest
 import torch
@@ -17,8 +18,17 @@ from toy import (
     p_value,
     total_variation,
 )
+from transformers import (
+    MaxTimeCriteria,
+    SuppressTokensLogitsProcessor,
+    TextDiffusionStreamer,
+    TextIteratorStreamer,
+    TextStreamer,
+)
 
 from modeling_edlm import EDLMForMaskedLM, EDLMGenerationConfig, EDLMModel
+from modeling_edlm.backbone import Backbone
+from modeling_edlm.energy import distinct
 
 ALPHA = 1e-4
 ROWS = 40_000
@@ -332,3 +342,286 @@ def test_generation_config_keeps_its_fields(tmp_path):
         EDLMGenerationConfig(max_length=3, max_new_tokens=3)
     with pytest.raises(ValueError, match="num_stepz"):
         EDLMGenerationConfig(num_stepz=4)
+
+
+def test_padding_on_either_side_changes_nothing():
+    """New tokens follow each prompt at once; a row is what it is alone, in its own place."""
+    model = make_toy("coar", length=12)
+    options = {"max_new_tokens": 5, "num_steps": 4, "energy_window": (1, 0), "seed": 0}
+    alone = model.generate(torch.tensor([[1, 2, 0]]), **options)[0]
+    prompts = torch.tensor([[MASK, MASK, 1, 2, 0], [0, 0, 0, 1, 2]])
+    left = model.generate(prompts, torch.tensor([[0, 0, 1, 1, 1], [1] * 5]), **options)
+    prompts = torch.tensor([[1, 2, 0, MASK, MASK], [0, 0, 0, 1, 2]])
+    right = model.generate(prompts, torch.tensor([[1, 1, 1, 0, 0], [1] * 5]), **options)
+    assert torch.equal(left[0], torch.cat((torch.tensor([MASK, MASK]), alone)))
+    assert torch.equal(right[0], torch.cat((alone, torch.tensor([MASK, MASK]))))
+    assert torch.equal(left[1], right[1]) and torch.equal(left[1, :5], prompts[1])
+
+
+def eos_law(law: dict, eos: int, pad: int, start: int = 0) -> dict:
+    """The law of texts in which what comes after the first EOS is padding."""
+    padded = {}
+    for x, p in law.items():
+        end = next((i for i in range(start, len(x)) if x[i] == eos), len(x))
+        x = tuple(pad if i > end else v for i, v in enumerate(x))
+        padded[x] = padded.get(x, 0.0) + p
+    return padded
+
+
+@pytest.mark.parametrize("energy", ["coar", "step"])
+def test_law_until_the_end_of_text(energy):
+    """A row that stops at its EOS has the law of the whole chain, cut: stopping early changes no law, only the cost."""
+    model = make_toy("nce" if energy == "step" else energy, "xs" if energy == "step" else "x0")
+    law = eos_law(chain_law(model, FREE, 3, 3), eos=1, pad=2)
+    options = {"num_steps": 3, "num_candidates": 3, "energy_window": (1.0, 0.0), "return_dict_in_generate": True}
+    output = sample(model, eos_token_id=1, pad_token_id=2, **options)
+    assert p_value(output.sequences, law) > ALPHA
+    whole = sample(model, **options)
+    assert (output.nfe <= whole.nfe).all() and output.nfe.sum() < whole.nfe.sum()
+    prompted = sample(model, (1, MASK, MASK), eos_token_id=[1], pad_token_id=2, **options)  # a given EOS ends nothing
+    law = eos_law(chain_law(model, (1, MASK, MASK), 3, 3), eos=1, pad=2, start=1)
+    assert p_value(prompted.sequences, law) > ALPHA
+    assert (sample(model, (MASK, MASK, 1), eos_token_id=1, pad_token_id=2, **options).sequences[:, 2] == 1).all()
+
+
+def test_padding_after_the_end_defaults_to_the_end():
+    sequences = make_toy("none", length=16).generate(batch_size=50, seed=0, eos_token_id=1)
+    is_end = sequences == 1
+    after = is_end.cumsum(-1) - is_end.long() > 0
+    assert after.any() and (sequences[after] == 1).all()
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_top_k_and_top_p(k):
+    """What is left of the proposal is the mu that the energy corrects."""
+    model = make_toy("ar")
+    plain = model.denoiser.log_p_x0
+
+    def cut(keep):
+        def log_p_x0(xt, t=None, attention_mask=None):
+            log_p = plain(xt, t, attention_mask)
+            return log_p.masked_fill(~keep(log_p), -torch.inf).log_softmax(-1)
+
+        return log_p_x0
+
+    def nucleus(log_p):  # the fewest tokens with at least this mass
+        p, order = log_p.exp().sort(-1, descending=True)
+        return torch.zeros_like(log_p, dtype=torch.bool).scatter(-1, order, p.cumsum(-1) - p < 0.7)
+
+    uncut = chain_law(model, FREE, 2, k)
+    laws = {}
+    for name, keep in {"top_k": lambda log_p: log_p >= log_p.topk(2, -1).values[..., 1:], "top_p": nucleus}.items():
+        model.denoiser.log_p_x0 = cut(keep)
+        laws[name] = chain_law(model, FREE, 2, k)
+    model.denoiser.log_p_x0 = plain
+    for name, value in (("top_k", 2), ("top_p", 0.7)):
+        sequences = sample(model, num_steps=2, num_candidates=k, energy_window=(1, 0), **{name: value})
+        assert p_value(sequences, laws[name]) > ALPHA and p_value(sequences, uncut) < ALPHA
+    same = {"num_steps": 2, "num_candidates": k, "rows": 100}
+    assert torch.equal(sample(model, top_k=0, top_p=1.0, **same), sample(model, **same))
+
+
+def test_stock_and_own_logits_processors():
+    model, seen = make_toy("none", length=10), []
+
+    def own(input_ids, scores, positions, cur_step):  # token 1 in even places, any but 1 in odd ones
+        seen.append(cur_step)
+        assert input_ids.shape == (len(positions), 10) and scores.shape == (len(positions), MASK + 1)
+        assert (input_ids[torch.arange(len(positions)), positions] == MASK).all()
+        is_even = (positions % 2 == 0)[:, None] == (torch.arange(MASK + 1) == 1)
+        return scores.masked_fill(~is_even, -torch.inf)
+
+    sequences = model.generate(batch_size=20, num_steps=4, seed=0, logits_processor=[own])
+    assert (sequences[:, ::2] == 1).all() and (sequences[:, 1::2] != 1).all() and set(seen) == {0, 1, 2, 3}
+    assert (sequences != MASK).all()
+    sequences = model.generate(batch_size=20, seed=0, logits_processor=[SuppressTokensLogitsProcessor([0, 2])])
+    assert (sequences == 1).all()
+    everything = [lambda input_ids, scores: torch.zeros_like(scores)]  # even the mask, which must not be drawn
+    law = dict.fromkeys(itertools.product(range(3), repeat=3), 1 / 27)
+    assert p_value(sample(make_toy("none"), num_steps=2, logits_processor=everything), law) > ALPHA
+    nothing = [lambda input_ids, scores: torch.full_like(scores, -torch.inf)]
+    with pytest.raises(FloatingPointError, match="logits"):
+        model.generate(seed=0, logits_processor=nothing)
+
+
+def test_do_sample_false_takes_the_likeliest():
+    model = make_toy("nce", length=6)
+    options = {"num_steps": 5, "do_sample": False, "return_dict_in_generate": True, "output_history": True}
+    output = model.generate(batch_size=30, energy_window=(1, 0), **options)
+    for i, (before, after) in enumerate(itertools.pairwise(output.history)):
+        best = model.log_p_x0(before, t=1 - i / 5).argmax(-1)
+        assert torch.equal(after, torch.where((before == MASK) & (after != MASK), best, before))
+    assert output.energy_nfe.sum() == 0 and output.ess.isnan().all()
+    assert torch.equal(model.generate(batch_size=30, **options).sequences, output.sequences)  # without a seed
+    assert not torch.equal(model.generate(batch_size=30, seed=1, **options).history[1], output.history[1])
+
+
+def test_stopping_criteria_leave_a_row_as_it_is():
+    model = make_toy("coar", length=24)
+    options = {"batch_size": 6, "num_steps": 12, "seed": 0, "return_dict_in_generate": True, "output_history": True}
+    whole = model.generate(**options)
+
+    def half(input_ids, scores, **kwargs):
+        return ((input_ids == MASK).sum(-1) <= 12) | (torch.arange(6) == 2)
+
+    output = model.generate(stopping_criteria=[half], **options)
+    assert (output.sequences[2] == MASK).sum() > 12  # stopped after its first step
+    for row in range(6):
+        at = next(i for i, state in enumerate(whole.history[1:]) if half(state, None)[row])
+        assert torch.equal(output.sequences[row], whole.history[at + 1][row])
+    assert len(output.history) < len(whole.history)  # all rows stopped before the last step
+    masked = output.sequences == MASK
+    resumed = model.generate(output.sequences, seed=1)  # what is left can be filled
+    assert (resumed != MASK).all() and torch.equal(resumed[~masked], output.sequences[~masked])
+    timed = model.generate(stopping_criteria=[MaxTimeCriteria(0.0)], **options)
+    assert (timed.sequences == MASK).any() and len(timed.history) == 2
+
+
+class Recorder:
+    def __init__(self):
+        self.calls = []
+
+    def put(self, value):
+        self.calls.append(("put", value.clone()))
+
+    def end(self):
+        self.calls.append(("end", None))
+
+
+class DraftRecorder(Recorder):
+    def put_draft(self, value):
+        self.calls.append(("draft", value.clone()))
+
+
+@pytest.mark.parametrize("prompt", [[1, 2], [1, MASK, 0]], ids=["prompt", "gap"])
+def test_streamers(prompt):
+    """The prompt up to its first gap, every state, and the finished text; a plain streamer gets no states."""
+    model, options = make_toy("nce", length=8), {"num_steps": 3, "seed": 0, "max_length": 8}
+    expected = model.generate(torch.tensor([prompt]), **options)
+    start = (prompt + [MASK]).index(MASK)
+    for kind in (Recorder, DraftRecorder):
+        streamer = kind()
+        assert torch.equal(model.generate(torch.tensor([prompt]), streamer=streamer, **options), expected)
+        names = [name for name, _ in streamer.calls]
+        assert names == ["put", *["draft"] * (3 if kind is DraftRecorder else 0), "put", "end"]
+        (_, first), *drafts, (_, last), _ = streamer.calls
+        assert first.tolist() == [prompt[:start]] and torch.equal(last, expected[:, start:])
+        left = [int((draft == MASK).sum()) for _, draft in drafts]
+        assert left == sorted(left, reverse=True) and (not left or left[-1] == 0)
+
+
+def test_the_librarys_streamers(capsys):
+    class Letters:
+        def decode(self, ids, **kwargs):
+            return "".join("abc_"[i] for i in ids)
+
+    model, options = make_toy("none", length=8), {"num_steps": 3, "seed": 0}
+    prompt = torch.tensor([[1, 2]])
+    text = Letters().decode(model.generate(prompt, **options)[0])
+    for kind in (TextStreamer, TextDiffusionStreamer):
+        model.generate(prompt, streamer=kind(Letters()), **options)
+        assert text in capsys.readouterr().out.replace("\0338\033[J", "").replace("\0337", "") + "\n"
+    model.generate(prompt, streamer=TextStreamer(Letters(), skip_prompt=True), **options)
+    assert capsys.readouterr().out == text[2:] + "\n"
+    iterator = TextIteratorStreamer(Letters())
+    model.generate(prompt, streamer=iterator, **options)
+    assert "".join(iterator) == text
+    with pytest.raises(ValueError, match="batch size 1"):
+        model.generate(batch_size=2, streamer=TextStreamer(Letters()), **options)
+
+
+def test_the_callback_is_shown_the_choice():
+    model, seen = make_toy("nce", length=8), []
+
+    def look(model, step, t, state):
+        seen.append({name: value.clone() for name, value in state.items()})
+
+    options = {"num_steps": 4, "num_candidates": 3, "energy_window": (1.0, 0.7), "denoiser_batch_size": 2, "seed": 0}
+    output = model.generate(batch_size=5, callback_on_step_end=look, return_dict_in_generate=True, **options)
+    assert ["kept" in state for state in seen] == [True, True, False, False]
+    before = torch.full((5, 8), MASK)
+    for i, state in enumerate(seen[:2]):
+        rows, n = state["rows"], torch.arange(len(state["rows"]))
+        assert torch.equal(state["energies"][n, state["kept"]], output.energies[rows, i])
+        kept, now = state["candidates"][n, state["kept"]], state["sequences"][rows]
+        assert torch.equal(torch.where((before[rows] == MASK) & (now != MASK), kept, before[rows]), now)
+        torch.testing.assert_close(
+            model.energy(state["candidates"][:, 1], before[rows], t=1 - i / 4), state["energies"][:, 1]
+        )
+        before = state["sequences"]
+
+
+@pytest.mark.parametrize("energy", ["ar", "coar", "nce", "step"])
+def test_the_same_seed_at_every_batch_and_chunk_size(energy):
+    model = make_toy("nce" if energy == "step" else energy, "xs" if energy == "step" else "x0", length=16)
+    options = {"num_steps": 6, "num_candidates": 4, "energy_window": (1.0, 0.0), "seed": 11}
+    many = model.generate(batch_size=20, **options)
+    for rows, candidates in ((1, 1), (3, 5), (7, 64), (20, 2), (None, None)):
+        sizes = {"denoiser_batch_size": rows, "energy_batch_size": candidates}
+        assert torch.equal(model.generate(batch_size=20, **options, **sizes), many)
+    assert torch.equal(torch.cat([model.generate(first_row=i, **options) for i in range(20)]), many)
+
+
+def test_equal_candidates_are_scored_once():
+    model = make_toy("nce", "xs", length=3)
+    scored, plain = [], model.energy
+
+    def counted(x, *rest):
+        scored.append(len(x))
+        return plain(x, *rest)
+
+    model.energy = counted
+    options = {"num_steps": 3, "num_candidates": 16, "energy_window": (1, 0), "seed": 0}
+    output = model.generate(batch_size=50, return_dict_in_generate=True, **options)
+    acted = int((~output.energies.isnan()).sum())
+    assert sum(scored) == int(output.energy_nfe.sum()) < 16 * acted  # a step has at most 3, 9 or 27 different ones
+    x_NKL = torch.randint(0, 2, (7, 9, 2), generator=torch.Generator().manual_seed(0))
+    first, which = distinct(x_NKL)
+    assert torch.equal(x_NKL.flatten(0, 1)[first][which], x_NKL.flatten(0, 1))
+    assert torch.equal(first[which] // 9, torch.arange(7).repeat_interleave(9))  # never one of another row
+    assert len(first) == sum(len(row.unique(dim=0)) for row in x_NKL)
+
+
+@pytest.mark.parametrize("backend", ["eager"] + ["inductor"] * bool(shutil.which("g++") or shutil.which("clang++")))
+def test_compiled_gives_the_same_text(backend, monkeypatch):
+    """The blocks go through torch.compile, with rows padded to a power of two; only its code generator needs a C++
+    compiler."""
+    calls, blocks = [], torch.compile(Backbone.run_blocks, dynamic=False, backend=backend)
+    monkeypatch.setattr(
+        "modeling_edlm.backbone._compiled_blocks", lambda: lambda *args: calls.append(len(args[1])) or blocks(*args)
+    )
+    for energy in ("ar", "nce"):
+        model = make_toy(energy, length=16)
+        options = {"num_steps": 4, "num_candidates": 3, "energy_window": (1, 0), "seed": 3, "batch_size": 5}
+        plain, compiled = (model.generate(compile=c, return_dict_in_generate=True, **options) for c in (False, True))
+        assert torch.equal(plain.sequences, compiled.sequences)
+        torch.testing.assert_close(plain.energies, compiled.energies, equal_nan=True, atol=1e-4, rtol=1e-4)
+    assert set(calls) <= {1, 2, 4, 8, 16} and len(calls) == 2 * 2 * 4  # denoiser and energy
+
+
+def test_half_precision_weights_draw_the_same_candidates():
+    """The uniforms are the same, so most tokens are: what differs is where rounding moved a logit across a draw."""
+    model = make_toy("nce", length=64, seed=1)
+    options = {"num_steps": 8, "num_candidates": 4, "batch_size": 32, "seed": 0}
+    full = model.generate(**options)
+    half = model.to(torch.bfloat16).generate(**options)
+    assert (full[:, :] == half).float().mean() > 0.5  # three tokens: by chance it would be near 1/3
+
+
+def test_aliases():
+    model = make_toy("none", length=8)
+    assert torch.equal(model.diffusion_generate(seed=1), model.generate(seed=1))
+    assert model.can_generate() and model.denoiser.can_generate()
+
+
+def test_positions_that_are_not_needed_change_nothing():
+    """The last block works at the needed positions only, and gives the same there."""
+    model = make_toy("none", length=32, num_hidden_layers=2)
+    xt = torch.full((5, 32), MASK)
+    where = torch.zeros(5, 32, dtype=torch.bool)
+    for row, columns in enumerate(([0], [3, 4, 31], [], [7], list(range(20)))):
+        where[row, columns] = True
+    all_hidden, _ = model.denoiser.encode(xt, t=0.5)
+    some_hidden, _ = model.denoiser.encode(xt, t=0.5, where_NL=where)
+    torch.testing.assert_close(some_hidden[where], all_hidden[where], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(some_hidden[~where], all_hidden[~where])  # the work was not done

@@ -72,6 +72,8 @@ def law_p_k(log_mu_C: torch.Tensor, energy_C: torch.Tensor, k: int) -> torch.Ten
     1/S is the integral of exp(-a S) over a > 0, so the expectation factorises: E = w(x) integral exp(-a w(x)) phi^(k-1)
     with phi(a) = E_mu[exp(-a w)]. With a = exp(u) the trapezoid rule converges geometrically.
     """
+    if (never_C := log_mu_C == -math.inf).any():  # the energies of these do not matter, and may be infinite
+        return torch.zeros_like(log_mu_C).masked_scatter(~never_C, law_p_k(log_mu_C[~never_C], energy_C[~never_C], k))
     mu, w = log_mu_C.exp(), torch.exp(-energy_C.double() + energy_C.min())
     u = torch.arange(-60, 60 + float(energy_C.max() - energy_C.min()), 0.005, dtype=torch.float64)  # to the least w
     a = u.exp()

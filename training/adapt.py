@@ -25,12 +25,11 @@ from transformers import AutoTokenizer
 
 from modeling_edlm import EDLMModel
 
-from .bench import machine
 from .components import load_variants
 from .data import PackedTokens, tokenize
 from .evaluate_likelihood import NUM_BUCKETS, name_of, number
 from .metrics import ngram_divergence
-from .results import CommaLists, command, read_results, write_json, write_whole
+from .results import CommaLists, command, machine, read_results, write_json, write_whole
 from .trainer import parse_arguments
 
 ENERGY = "adapted"

@@ -43,11 +43,10 @@ from modeling_edlm.backbone import position_chunks
 from modeling_edlm.likelihood import ESTIMATORS, likelihood_terms
 from modeling_edlm.schedule import times
 
-from .bench import machine
 from .components import COMPLETIONS, body_parameters, load_variants, pass_cost, with_energy
 from .data import PackedTokens, tokenize
 from .pretrain import ar_loss
-from .results import PUBLIC_DATA, CommaLists, read_results, write_json, write_whole
+from .results import PUBLIC_DATA, CommaLists, machine, read_results, write_json, write_whole
 from .trainer import fingerprint, parse_arguments
 
 NUM_BUCKETS = 5  # of t
@@ -398,7 +397,10 @@ def by_time(t_BJ: np.ndarray, gain_BJ: np.ndarray, ess_BJ: np.ndarray, tokens_B:
 
 
 def passes(num_steps: int, num_candidates: int, window_low: float, length: int) -> dict:
-    """Expected forward passes for one sample of `length` tokens: a step that reveals nothing costs nothing."""
+    """Expected forward passes for one sample of `length` tokens: a step that reveals nothing costs nothing.
+
+    `generate()` may take fewer of the energy: it scores equal candidates once.
+    """
     reveals = 1 - (1 - 1 / num_steps) ** length
     active = int((times(num_steps)[:-1] >= window_low - 1e-9).sum()) if num_candidates > 1 else 0
     return {"denoiser_passes": num_steps * reveals, "energy_passes": num_candidates * active * reveals}

@@ -30,11 +30,10 @@ from modeling_edlm import EDLMGenerationConfig, EDLMModel
 from modeling_edlm.energy import causal_log_prob
 
 from . import metrics
-from .bench import machine
 from .components import COMPLETIONS, KINDS, body_parameters, with_energy
 from .components import label as energy_name
 from .data import PackedTokens, tokenize
-from .results import PUBLIC_DATA, CommaLists, read_results, write_json, write_whole
+from .results import PUBLIC_DATA, CommaLists, machine, read_results, write_json, write_whole
 from .trainer import fingerprint, parse_arguments, step_seed
 
 NGRAMS = (1, 2, 3, 4)

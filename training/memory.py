@@ -19,9 +19,8 @@ import torch
 from modeling_edlm import EDLMConfig, EDLMEnergyModel, EDLMForMaskedLM, EDLMModel
 from modeling_edlm.adapter import add_lora
 
-from .bench import machine
 from .contrast import LOSSES, draw_contrast, energies
-from .results import CommaLists, command, read_results, write_json
+from .results import CommaLists, command, machine, read_results, write_json
 from .trainer import Averages, parse_arguments
 
 SIZES = {  # hidden, blocks, heads, vocabulary

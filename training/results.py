@@ -1,10 +1,20 @@
-"""What the measuring scripts share: options that are lists, files that are whole or not there, results read again."""
+"""What the measuring scripts share: options that are lists, files that are whole or not there, results read again,
+and what machine they are of.
+"""
 
 import json
 import os
+import platform
+import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Callable, Collection
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
+
+import torch
 
 PUBLIC_DATA = Path("data")  # where a recorded command looks for a data set, wherever it was when it ran
 
@@ -65,3 +75,20 @@ def command(script: str, arguments, leave_out: Collection[str] = ()) -> str:
     return shlex.join(
         ["python", "-m", f"training.{script}", *(str(x) for k, v in changed.items() for x in (f"--{k}", v))]
     )
+
+
+def machine() -> dict:
+    """What a speed depends on besides the options; `git_commit` is None outside a repository."""
+    cpuinfo, root = Path("/proc/cpuinfo"), Path(__file__).resolve().parent.parent
+    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    commit = None
+    if (root / ".git").exists() and shutil.which("git"):  # "-dirty" is added where tracked files differ from it
+        describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = subprocess.run(describe, cwd=root, capture_output=True, text=True).stdout.strip() or None
+    return {
+        "cpu_name": names[0] if names else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")},
+        "git_commit": commit,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
