@@ -52,4 +52,5 @@ model: .venv/.stamp-demo
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
 	rm -f hub_cards/*/*.py hub_cards/metrics/*/metrics.py
+	rm -rf hub_cards/*/custom_generate
 	find . -name .git -prune -o -name runs -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -46,7 +46,9 @@ def collect(folder: Path) -> dict[str, bytes | Path]:
         raise ValueError("there are no weights (*.safetensors) in it")
     if MODEL not in files and ADAPTER not in files:
         raise ValueError(f"there is no {MODEL} or {ADAPTER} in it")
-    for target in read_json(files, MODEL).get("auto_map", {}).values():
+    config = read_json(files, MODEL)
+    pipelines = config.get("custom_pipelines", {}).values()
+    for target in [*config.get("auto_map", {}).values(), *(pipeline["impl"] for pipeline in pipelines)]:
         code = f"{target.partition('.')[0]}.py"
         if "--" not in target and code not in files:  # user/name--module.Class is the code of another repo
             raise ValueError(f"there is no {code} in it, which its {MODEL} names: python hub_cards/assemble.py")

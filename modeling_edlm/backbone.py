@@ -268,6 +268,12 @@ def run_compiled(backbone: "Backbone", x_NLD, cond_NC, rotary, mask) -> torch.Te
         return _compiled_blocks()(backbone, *(pad(x) for x in (x_NLD, cond_NC)), tuple(map(pad, rotary)), pad(mask))[:N]
 
 
+def pad_rows(x_MD: torch.Tensor) -> torch.Tensor:
+    """Few different shapes: on a CPU the kernels of half-precision products are made, and cached, for each one."""
+    M = len(x_MD)
+    return nn.functional.pad(x_MD, (0, 0, 0, -M % 64)) if M > 64 else x_MD
+
+
 class Head(nn.Module):
     """Last norm and projection. `positions_M` (flat indices into N * L) projects just those rows."""
 
@@ -279,16 +285,22 @@ class Head(nn.Module):
     def forward(
         self, x_NLD: torch.Tensor, cond_NC: torch.Tensor | None = None, positions_M: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if positions_M is not None:  # every selected position becomes a row of length 1
-            M, L = len(positions_M), x_NLD.shape[1]
-            # few different shapes: on a CPU the kernels of half-precision products are cached for each one
-            positions_M = nn.functional.pad(positions_M, (0, -M % 64 if M > 64 else 0))
-            x_NLD = x_NLD.flatten(0, 1)[positions_M][:, None]
-            if cond_NC is not None and len(cond_NC) > 1:
-                cond_NC = cond_NC[positions_M // L]
-        x_NLD, _ = self.norm(x_NLD, cond_NC)
-        y = self.linear(x_NLD)
-        return y if positions_M is None else y[:M, 0]
+        x = self.select(x_NLD, cond_NC, positions_M)
+        return self.linear(x) if positions_M is None else self.linear(pad_rows(x))[: len(x)]
+
+    def select(self, x_NLD, cond_NC=None, positions_M=None) -> torch.Tensor:
+        """What the projection is given, (M, D), or (N, L, D) without positions."""
+        if positions_M is None:
+            return self.norm(x_NLD, cond_NC)[0]
+        if cond_NC is not None and len(cond_NC) > 1:
+            cond_NC = cond_NC[positions_M // x_NLD.shape[1]]
+        return self.norm(x_NLD.flatten(0, 1)[positions_M][:, None], cond_NC)[0][:, 0]
+
+    @property
+    def is_large(self) -> bool:
+        """Whether `vocabulary.py` is to project: where the table of logits would be large, and weights can be read."""
+        is_plain = type(self.linear) in (ZeroLinear, nn.Linear) and "forward" not in vars(self.linear)
+        return is_plain and self.linear.out_features > 1024
 
 
 def twin(module: nn.Module) -> nn.Module:

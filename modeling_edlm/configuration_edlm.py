@@ -1,10 +1,15 @@
 """EDLMConfig: what a model is. How it is sampled is said by the generation configuration."""
 
+import copy
 import dataclasses
 import difflib
+from typing import TYPE_CHECKING
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+if TYPE_CHECKING:  # never run: by this line the library puts the file that CUSTOM_PIPELINES names beside the others
+    from .pipeline_edlm import EDLMTextGenerationPipeline  # noqa: F401
 
 ENERGY_TYPES = ("none", "ar", "coar", "nce")
 ENERGY_TARGETS = ("x0", "xs")
@@ -16,6 +21,9 @@ AUTO_MAP = {  # which class of a folder's code each Auto class takes
     "AutoModelForCausalLM": "modeling_edlm.EDLMForCausalLM",
     "AutoModelForSequenceClassification": "modeling_edlm.EDLMEnergyModel",
 }
+# which pipeline of a folder's code the library takes for a task, where the folder's weights are those of a SAMPLER
+CUSTOM_PIPELINES = {"text-generation": {"impl": "pipeline_edlm.EDLMTextGenerationPipeline", "pt": ["AutoModel"]}}
+SAMPLERS = ("EDLMModel", "EDLMForMaskedLM")
 
 
 @strict
@@ -86,7 +94,9 @@ class EDLMConfig(PreTrainedConfig):
             self.bos_token_id = self.mask_token_id
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
-        super().__post_init__(**{"auto_map": dict(AUTO_MAP)} | kwargs)
+        # copied in depth: pipeline() writes into it
+        pipelines = copy.deepcopy(CUSTOM_PIPELINES) if self._is_sampler else {}
+        super().__post_init__(**{"auto_map": dict(AUTO_MAP), "custom_pipelines": pipelines} | kwargs)
 
     def validate_architecture(self):
         """Part of the strict validation that the base class runs after `__post_init__`."""
@@ -125,6 +135,18 @@ class EDLMConfig(PreTrainedConfig):
             raise ValueError("tie_word_embeddings must be False: the head has weights of its own")
         if self.energy_num_layers is not None and self.energy_num_layers < 1:
             raise ValueError(f"energy_num_layers must be at least 1, got {self.energy_num_layers}")
+
+    @property
+    def _is_sampler(self) -> bool:
+        """Whether the weights are a denoiser's, or nothing is said of them; else the library's own pipelines fit."""
+        return not self.architectures or self.architectures[0] in SAMPLERS
+
+    def to_dict(self) -> dict:
+        """As in the library; an autoregressive model or an energy alone names no pipeline of ours."""
+        fields = super().to_dict()
+        if not self._is_sampler and fields.get("custom_pipelines") in ({}, CUSTOM_PIPELINES):
+            del fields["custom_pipelines"]
+        return fields
 
     @property
     def energy_is_foreign(self) -> bool:

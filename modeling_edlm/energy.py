@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .backbone import Backbone, Head, ZeroLinear, position_chunks, suppress
+from .vocabulary import log_prob_projected
 
 
 def causal_log_prob(
@@ -34,10 +35,17 @@ def causal_log_prob(
     inputs_NL = torch.cat((torch.full_like(x0_NL[:, :1], bos_token_id), x0_NL[:, :-1]), dim=1)
     log_p_NL = torch.zeros(x0_NL.shape, device=x0_NL.device)
     if causal_lm.config.model_type == "edlm":  # projects the positions that count and no others, some at a time
-        encoded = causal_lm.encode(inputs_NL)
-        for now_M in position_chunks(where_NL.flatten().nonzero()[:, 0], causal_lm.config.vocab_size):
-            logits_MV = suppress(causal_lm.head(*encoded, now_M), mask_token_id)
-            log_p_NL.view(-1)[now_M] = -nn.functional.cross_entropy(logits_MV, x0_NL.flatten()[now_M], reduction="none")
+        encoded, head = causal_lm.encode(inputs_NL), causal_lm.head
+        where_M = where_NL.flatten().nonzero()[:, 0]
+        for now_M in (where_M,) if head.is_large else position_chunks(where_M, causal_lm.config.vocab_size):
+            x0_M = x0_NL.flatten()[now_M]
+            if head.is_large:
+                projection = head.select(*encoded, now_M), head.linear.weight, head.linear.bias
+                log_p_M = log_prob_projected(*projection, mask_token_id, x0_M)
+            else:
+                logits_MV = suppress(head(*encoded, now_M), mask_token_id)
+                log_p_M = -nn.functional.cross_entropy(logits_MV, x0_M, reduction="none")
+            log_p_NL.view(-1)[now_M] = log_p_M
         return log_p_NL.sum(-1)
     # a model of another library class gives the logits of whole rows, so some rows at a time
     rows = position_chunks(torch.arange(len(x0_NL), device=x0_NL.device), x0_NL.shape[1] * causal_lm.config.vocab_size)

@@ -19,6 +19,7 @@ from .generation_edlm import EDLMGenerationConfig, EDLMGenerationMixin
 from .likelihood import EDLMLikelihoodMixin
 from .proposal import ProposalMixin
 from .schedule import conditioning
+from .vocabulary import draw_projected
 
 ADAPTER_FOLDER = "energy"  # within the folder of a whole model
 WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision")  # of the files of a model
@@ -118,6 +119,21 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMi
             chunk_M = chunk_M.to(xt_NL.device)
             yield chunk_M, suppress(self.head(*encoded, chunk_M), self.config.mask_token_id)
 
+    def draw_chunks(self, xt_NL, where_NL, uniforms_at, t=None, attention_mask=None, process=None):
+        if process is not None or not self.head.is_large:
+            yield from super().draw_chunks(xt_NL, where_NL, uniforms_at, t, attention_mask, process)
+            return
+        encoded, linear = self.encode(xt_NL, t, attention_mask, where_NL=where_NL), self.head.linear
+        where_M = where_NL.flatten().nonzero()[:, 0].to(xt_NL.device)
+        drawn = draw_projected(
+            self.head.select(*encoded, where_M),
+            linear.weight,
+            linear.bias,
+            self.config.mask_token_id,
+            uniforms_at(where_M),
+        )
+        yield where_M, *drawn
+
     def log_p_x0(self, xt, t=None, attention_mask=None) -> torch.Tensor:
         """SUBS log-probabilities (N, L, V), float32: no mass on the mask token, unmasked tokens carry over.
 
@@ -190,6 +206,12 @@ class EDLMForCausalLM(EDLMPreTrainedModel, GenerationMixin):
         """The library's autoregressive generation; no text holds the mask token, and the BOS starts it."""
         kwargs["suppress_tokens"] = [self.config.mask_token_id, *(kwargs.get("suppress_tokens") or [])]
         return super().generate(*args, **{"bos_token_id": self.config.bos_token_id} | kwargs)
+
+    def adjust_generation_fn(self, *args, **kwargs):
+        """Called by `from_pretrained`. The library would put the custom_generate/ of the repo, which is the sampler for
+        masked models, in place of `generate()`; it does so only where remote code is trusted.
+        """
+        super().adjust_generation_fn(*args, **kwargs | {"trust_remote_code": False})
 
 
 class EDLMEnergyModel(EDLMPreTrainedModel):

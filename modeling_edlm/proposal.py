@@ -30,6 +30,16 @@ class ProposalMixin:
         """
         raise NotImplementedError
 
+    def draw_chunks(self, xt_NL, where_NL, uniforms_at: Callable, t=None, attention_mask=None, process=None):
+        """Yields flat positions (M,), what is drawn there (M, K), and its log mu (M, K); together all of `where_NL`.
+
+        `uniforms_at` gives the uniforms (M, K) of flat positions, and `process` changes the logits at them.
+        """
+        for chunk_M, logits_MV in self.logit_chunks(xt_NL, where_NL, t, attention_mask):
+            if process is not None:
+                logits_MV = process(chunk_M, logits_MV)
+            yield chunk_M, *draw(logits_MV, uniforms_at(chunk_M))
+
     @torch.no_grad()
     def propose(
         self,
@@ -59,19 +69,25 @@ class ProposalMixin:
         (N, L), K, device = xt_NL.shape, num_candidates, xt_NL.device
         rows_N = torch.arange(N, device=device) if rows_N is None else rows_N.to(device)
         position_P = own_positions(xt_NL, attention_mask).flatten()
-        x_PK = xt_NL.flatten()[:, None].repeat(1, K)
-        log_mu_PK = torch.zeros(N * L, K, device=device)
-        for chunk_M, logits_MV in self.logit_chunks(xt_NL, where_NL, t, attention_mask):
-            if process is not None:
-                logits_MV = process(xt_NL[chunk_M // L], logits_MV, position_P[chunk_M])
-            if not do_sample:
-                log_mu_M, x_M = logits_MV.log_softmax(-1).max(-1)
-                x_PK[chunk_M], log_mu_PK[chunk_M] = x_M[:, None], log_mu_M[:, None]
-                continue
+
+        def uniforms_at(chunk_M):
             candidate_MK = torch.arange(K, device=device)
             if varied_NL is not None:  # the same uniform is the same draw
                 candidate_MK = candidate_MK * varied_NL.to(device).flatten()[chunk_M, None]
-            u_MK = uniforms(seed, rows_N[chunk_M // L, None], step, position_P[chunk_M, None], candidate_MK)
-            x_PK[chunk_M], log_mu_PK[chunk_M] = draw(logits_MV, u_MK)
+            return uniforms(seed, rows_N[chunk_M // L, None], step, position_P[chunk_M, None], candidate_MK)
+
+        def processed(chunk_M, logits_MV):
+            if process is not None:
+                logits_MV = process(xt_NL[chunk_M // L], logits_MV, position_P[chunk_M])
+            if do_sample:
+                return logits_MV
+            best_M1 = logits_MV.argmax(-1, keepdim=True)
+            return torch.full_like(logits_MV, -torch.inf).scatter(-1, best_M1, logits_MV.gather(-1, best_M1))
+
+        x_PK = xt_NL.flatten()[:, None].repeat(1, K)
+        log_mu_PK = torch.zeros(N * L, K, device=device)
+        change = processed if process is not None or not do_sample else None
+        for chunk_M, x_MK, log_mu_MK in self.draw_chunks(xt_NL, where_NL, uniforms_at, t, attention_mask, change):
+            x_PK[chunk_M], log_mu_PK[chunk_M] = x_MK, log_mu_MK
         # summed row by row, not scattered with atomics: the same seed gives the same bits
         return x_PK.view(N, L, K).transpose(1, 2), log_mu_PK.view(N, L, K).sum(1)

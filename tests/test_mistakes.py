@@ -194,14 +194,17 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("energy_type", ["nce", "coar"])
 def test_10_no_candidate_gets_a_copy_of_the_vocabulary(energy_type, monkeypatch):
-    """Nothing larger than (L, V) lives at a time, although the K candidates are scored in one pass."""
-    V, L, K = 4001, 12, 16
+    """Nothing larger than (L, V) lives at a time, although the K candidates are scored in one pass; and with a processor,
+    for which there must be logits, as well."""
+    V, L, K = 40_001, 12, 16
     sizes = {"vocab_size": V, "mask_token_id": V - 1, "bos_token_id": V - 1, "hidden_size": 4}
     model = make_toy(energy_type, length=L, num_attention_heads=1, **sizes)
     whole = model.generate(batch_size=1, num_steps=3, num_candidates=K, **ALWAYS)
     monkeypatch.setattr("modeling_edlm.backbone.CHUNK", L * V)
+    monkeypatch.setitem(modeling_edlm.vocabulary.BLOCK, "cpu", L * V)
     with LargestTensor() as largest:
         in_pieces = model.generate(batch_size=1, num_steps=3, num_candidates=K, **ALWAYS)
+        model.generate(batch_size=1, num_steps=3, num_candidates=K, top_k=40, **ALWAYS)
     assert largest.numel <= L * V
     assert torch.equal(in_pieces, whole)
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from scipy.stats import chi2, kstest
 
+from modeling_edlm.backbone import suppress
 from modeling_edlm.sampler import choose, draw, uniforms
 from modeling_edlm.schedule import alpha, antithetic_times, conditioning, dalpha, q_sample, reveal_steps, times
+from modeling_edlm.vocabulary import draw_projected, log_prob_projected
 
 ALPHA = 1e-4
 
@@ -117,3 +119,50 @@ def test_antithetic_times_put_one_in_every_stratum():
     t = antithetic_times(torch.tensor(0.37), 8)
     assert ((t > 0) & (t <= 1)).all()
     assert sorted((t * 8).ceil().int().tolist()) == list(range(1, 9))
+
+
+def test_draws_of_a_projection_have_the_law_of_its_softmax():
+    """Without the table of logits: the same law, and for the same uniforms nearly always the same token."""
+    torch.manual_seed(0)
+    V, D, banned = 5003, 16, 5002  # the last block and the last piece are not full
+    hidden_MD, weight_VD, bias_V = torch.randn(3, D), torch.randn(V, D), torch.randn(V)
+    hidden_MD[2] *= 40  # nearly all mass on few tokens
+    logits_MV = suppress(torch.nn.functional.linear(hidden_MD, weight_VD, bias_V), banned)
+    counts, equal = torch.zeros(3, V), 0
+    for part in range(20):
+        u_MK = uniforms(part, torch.arange(3)[:, None], torch.arange(20_000))
+        x_MK, log_p_MK = draw_projected(hidden_MD, weight_VD, bias_V, banned, u_MK)
+        torch.testing.assert_close(log_p_MK, logits_MV.log_softmax(-1).gather(-1, x_MK), atol=1e-4, rtol=1e-5)
+        counts += torch.stack([torch.bincount(x_K, minlength=V) for x_K in x_MK])
+        equal += int((x_MK == draw(logits_MV, u_MK)[0]).sum())
+    for row in range(3):
+        assert chi_square(counts[row], logits_MV[row].softmax(-1)) > ALPHA
+        assert chi_square(counts[row], logits_MV[row - 1].softmax(-1)) < ALPHA
+    assert equal > 0.9999 * counts.sum() and counts[:, banned].sum() == 0
+
+
+@pytest.mark.parametrize("V", [1025, 4096, 5003])
+def test_edges_of_a_projection(V, monkeypatch):
+    """First and last uniform, a banned token alone in its block, pieces without mass, rows in several parts, NaN."""
+    torch.manual_seed(1)
+    hidden_MD, weight_VD, bias_V = torch.randn(9, 4), torch.randn(V, 4), torch.randn(V)
+    bias_V[torch.rand(V) < 0.5] = -torch.inf
+    bias_V[64:2048] = -torch.inf
+    edges_M2 = torch.tensor([0.0, 1 - 2.0**-52], dtype=torch.float64).expand(9, 2)
+    u_MK = torch.cat((edges_M2, torch.rand(9, 50, dtype=torch.float64)), dim=1)
+    for banned in (0, 1024, V - 1):
+        logits_MV = suppress(torch.nn.functional.linear(hidden_MD, weight_VD, bias_V), banned)
+        x_MK, log_p_MK = draw_projected(hidden_MD, weight_VD, bias_V, banned, u_MK)
+        assert logits_MV.gather(-1, x_MK).isfinite().all() and log_p_MK.isfinite().all()
+        monkeypatch.setattr("modeling_edlm.vocabulary.ROWS", 2)
+        parts = draw_projected(hidden_MD, weight_VD, bias_V, banned, u_MK)
+        assert torch.equal(parts[0], x_MK)
+        monkeypatch.undo()
+        log_p_MV = logits_MV.log_softmax(-1)
+        for x_M in (x_MK[:, 5], torch.full((9,), banned)):
+            got_M = log_prob_projected(hidden_MD, weight_VD, bias_V, banned, x_M)
+            torch.testing.assert_close(got_M, log_p_MV.gather(-1, x_M[:, None])[:, 0], atol=1e-5, rtol=1e-5)
+    hidden_MD[3, 0] = torch.nan
+    is_nan_M = draw_projected(hidden_MD, weight_VD, bias_V, 0, u_MK)[1].isnan()
+    assert is_nan_M[3].all() and not is_nan_M[[0, 1, 2, 4, 5, 6, 7, 8]].any()
+    assert log_prob_projected(hidden_MD, weight_VD, bias_V, 0, x_MK[:, 5])[3].isnan()

@@ -12,7 +12,9 @@ from statistics import median
 import torch
 
 import modeling_edlm.generation_edlm
+import modeling_edlm.modeling_edlm
 import modeling_edlm.proposal
+import modeling_edlm.vocabulary
 from modeling_edlm import EDLMConfig, EDLMGenerationConfig, EDLMModel
 
 from . import published
@@ -62,6 +64,8 @@ def stage_targets(model: EDLMModel) -> list[Target]:
         (model.denoiser.head, "forward", "projection"),
         (modeling_edlm.proposal, "uniforms", "draw"),
         (modeling_edlm.proposal, "draw", "draw"),
+        (modeling_edlm.modeling_edlm, "draw_projected", "draw"),
+        (modeling_edlm.vocabulary, "project", "projection"),
         (modeling_edlm.generation_edlm, "candidate_energies", "energy"),
     ]
 
