@@ -22,7 +22,19 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 CHUNK = 2**25  # entries of a (positions, vocabulary) table that exist at a time
 
 
-_compiling = ContextVar("compiling", default=False)  # of this thread: other threads go on as they were
+# Both are of this thread: others go on as they were.
+_compiling = ContextVar("compiling", default=False)
+_constants = ContextVar("constants", default=None)
+
+
+@contextmanager
+def fixed_weights():
+    """Within it no weight changes, so that what a network without time makes of its weights alone is made once."""
+    token = _constants.set({})
+    try:
+        yield
+    finally:
+        _constants.reset(token)
 
 
 @contextmanager
@@ -93,21 +105,42 @@ class AdaLayerNorm(nn.Module):
     def __init__(self, config, num_gates: int):
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden_size, bias=False)
-        self.modulation = ZeroLinear(config.cond_dim, (2 + num_gates) * config.hidden_size) if config.cond_dim else None
+        self.num_chunks = 2 + num_gates
+        self.modulation = ZeroLinear(config.cond_dim, self.num_chunks * config.hidden_size) if config.cond_dim else None
 
     def forward(self, x_NLD: torch.Tensor, cond_NC: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.modulation is None:
             return self.norm(x_NLD), None
-        shift, scale, *gate = self.modulation(cond_NC)[:, None].split(x_NLD.shape[-1], dim=-1)
-        gate = gate[0] if gate else None
         if len(cond_NC) == 1:  # the same for all rows: one affine layer norm
-            weight_D = self.norm.weight * (1 + scale[0, 0])
-            return nn.functional.layer_norm(x_NLD, weight_D.shape, weight_D, shift[0, 0], self.norm.eps), gate
+            weight_D, shift_D, gate = self.constants(cond_NC)
+            return nn.functional.layer_norm(x_NLD, weight_D.shape, weight_D, shift_D, self.norm.eps), gate
+        shift, scale, gate = self.modulate(cond_NC)
         return torch.addcmul(shift, self.norm(x_NLD), 1 + scale), gate
+
+    def modulate(self, cond_NC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Shift, scale and gate, (N, 1, D) each; a gate only where a residual branch follows."""
+        shift, scale, *gate = self.modulation(cond_NC)[:, None].chunk(self.num_chunks, dim=-1)
+        return shift, scale, gate[0] if gate else None
+
+    def constants(self, cond_1C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Weight (D,) and shift (D,) of the whole norm, and the gate: once for all calls within `fixed_weights`."""
+        cache = None if torch.compiler.is_compiling() else _constants.get()
+        if cache is not None and self in cache:
+            return cache[self]
+        shift, scale, gate = self.modulate(cond_1C)
+        values = self.norm.weight * (1 + scale[0, 0]), shift[0, 0], gate
+        if cache is not None:
+            cache[self] = values
+        return values
 
 
 def add_gated(x_NLD: torch.Tensor, gate: torch.Tensor | None, y_NLD: torch.Tensor) -> torch.Tensor:
     return x_NLD + y_NLD if gate is None else torch.addcmul(x_NLD, gate, y_NLD)
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """The tanh form; in place where no gradient needs what it is given."""
+    return nn.functional.gelu(x, approximate="tanh") if x.requires_grad else torch.ops.aten.gelu_(x, approximate="tanh")
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, **kwargs):
@@ -164,7 +197,7 @@ class Block(GradientCheckpointingLayer):
             x_NLD = x_NLD.gather(1, index_NQD)
         x_NLD = add_gated(x_NLD, gate, y_NLD)
         y_NLD, gate = self.norm2(x_NLD, cond_NC)
-        y_NLD = self.fc2(nn.functional.gelu(self.fc1(y_NLD), approximate="tanh"))
+        y_NLD = self.fc2(gelu(self.fc1(y_NLD)))
         x_NLD = add_gated(x_NLD, gate, self.dropout(y_NLD))
         return x_NLD if needed_NQ is None else whole_NLD.scatter(1, index_NQD, x_NLD.to(whole_NLD.dtype))
 

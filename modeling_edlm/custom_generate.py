@@ -93,7 +93,7 @@ def generate(
     if token_type_ids is not None and token_type_ids.any():
         raise ValueError("token_type_ids must be zeros: what is generated has type 0")
     if isinstance(energy, str):
-        energy = load_energy(energy, **energy_kwargs or {})
+        energy = load_energy(energy, **energy_kwargs or {}).to(model.device)
     elif energy_kwargs is not None:
         raise ValueError(f"energy_kwargs are for an energy that is a name, got {energy_kwargs}")
     sampler = Sampler(model, energy, energy_type, energy_target, mask_token_id, max_position_embeddings)

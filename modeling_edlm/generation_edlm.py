@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from .backbone import compiled, rows_at_once, suppress
+from .backbone import compiled, fixed_weights, rows_at_once, suppress
 from .energy import candidate_energies
 from .proposal import own_positions
 from .sampler import choose, uniforms
@@ -205,7 +205,7 @@ class EDLMGenerationMixin:
         xt_BL, attention_mask = self._canvas(input_ids, attention_mask, config, batch_size)
         watch = Watch(self, xt_BL, attention_mask, config, stopping_criteria, streamer, callback_on_step_end)
         process = logits_process(config, logits_processor, self.config.mask_token_id)
-        with in_eval_mode(self), compiled(config.compile):
+        with in_eval_mode(self), fixed_weights(), compiled(config.compile):
             output = self._denoise(xt_BL, attention_mask, config, seed, first_row, process, watch)
         return output if config.return_dict_in_generate else output.sequences
 

@@ -15,7 +15,8 @@ class EDLMTextGenerationPipeline(TextGenerationPipeline):
     checkpoint's generation_config.json has it, so texts are as long as the model takes.
 
     A prompt that has mask tokens is filled in and comes back as a whole. An empty one gives a free sample. A seed fixes
-    the text of every batch by itself: without `batch_size`, equal prompts get equal texts.
+    the text of every batch by itself: without `batch_size`, equal prompts get equal texts. A model that is passed as an
+    object needs `pipeline_class=EDLMTextGenerationPipeline`: the library looks for this class only in a folder or repo.
     """
 
     # The library would put defaults of autoregressive decoding, such as 256 new tokens, before the checkpoint's own.

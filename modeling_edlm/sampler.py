@@ -18,7 +18,9 @@ def uniforms(seed: int, *counters: torch.Tensor | int) -> torch.Tensor:
     device = next((c.device for c in counters if isinstance(c, torch.Tensor)), torch.device("cpu"))
     state = _mix(torch.tensor(_signed(seed), device=device))
     for counter in counters:
-        state = _mix(state ^ _mix(torch.as_tensor(counter, dtype=torch.int64, device=device) + _GOLDEN))
+        state = _mix(
+            state ^ _mix(counter.long() + _GOLDEN if isinstance(counter, torch.Tensor) else _signed(counter + _GOLDEN))
+        )
     bits, dtype = (23, torch.float32) if device.type == "mps" else (52, torch.float64)
     return _shift(state, 64 - bits).to(dtype) * 2.0**-bits
 
@@ -88,13 +90,18 @@ def _signed(x: int) -> int:
     return (int(x) + 2**63) % 2**64 - 2**63
 
 
-def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+def _shift(x: torch.Tensor | int, bits: int) -> torch.Tensor | int:
     """Logical right shift of int64."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's finaliser; int64 products wrap around."""
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+def _times(x: torch.Tensor | int, factor: int) -> torch.Tensor | int:
+    """The product of int64, which wraps around."""
+    return x * factor if isinstance(x, torch.Tensor) else _signed(x * factor)
+
+
+def _mix(x: torch.Tensor | int) -> torch.Tensor | int:
+    """SplitMix64's finaliser."""
+    x = _times(x ^ _shift(x, 30), _signed(0xBF58476D1CE4E5B9))
+    x = _times(x ^ _shift(x, 27), _signed(0x94D049BB133111EB))
     return x ^ _shift(x, 31)

@@ -32,9 +32,12 @@ MODEL_FILES = {
         {
             "architectures": ["EDLMModel"],
             "auto_map": {"AutoModel": "modeling_edlm.EDLMModel", "AutoModelForCausalLM": "modeling_edlm.Other"},
+            "custom_pipelines": {"text-generation": {"impl": "pipeline_edlm.Pipe", "pt": ["AutoModel"]}},
         }
     ),
     "modeling_edlm.py": "pass\n",
+    "pipeline_edlm.py": "pass\n",
+    "custom_generate/generate.py": "pass\n",
     "model.safetensors": "weights",
     "ar/model.safetensors": "more weights",
     "empty.txt": "",
@@ -216,7 +219,7 @@ def test_every_place_that_names_the_base_counts(adapter, name):
         ({"model.safetensors": None}, "no weights"),
         ({"model.safetensors": None, "checkpoint.safetensors": "of training"}, "no weights"),
         ({"config.json": None}, "no config.json or adapter_config.json"),
-        ({"modeling_edlm.py": None}, "no modeling_edlm.py in it.*assemble.py"),
+        *(({f"{name}_edlm.py": None}, f"no {name}_edlm.py in it.*assemble.py") for name in ("modeling", "pipeline")),
         *(({name: "x"}, f"{name}: pickled") for name in ("a.bin", "b.pt", "ar/c.pth", "d.ckpt", "e.pkl", "F.PT")),
         ({"README.md": "---\ntags: [edlm\n---\n"}, "front matter of README.md cannot be parsed"),
         ({"README.md": "---\n- edlm\n---\n"}, "front matter of README.md cannot be parsed"),
