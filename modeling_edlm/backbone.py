@@ -7,7 +7,7 @@ positions that are needed, D hidden size, C conditioning width, H heads, M selec
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -35,6 +35,16 @@ def fixed_weights():
         yield
     finally:
         _constants.reset(token)
+
+
+def once(module: nn.Module, source, make: Callable):
+    """What `make` gives for this very `source`; within `fixed_weights` it is made again only for another one."""
+    cache = None if torch.compiler.is_compiling() else _constants.get()
+    if cache is None:
+        return make()
+    if module not in cache or cache[module][0] is not source:
+        cache[module] = source, make()
+    return cache[module][1]
 
 
 @contextmanager
@@ -123,15 +133,13 @@ class AdaLayerNorm(nn.Module):
         return shift, scale, gate[0] if gate else None
 
     def constants(self, cond_1C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Weight (D,) and shift (D,) of the whole norm, and the gate: once for all calls within `fixed_weights`."""
-        cache = None if torch.compiler.is_compiling() else _constants.get()
-        if cache is not None and self in cache:
-            return cache[self]
+        """Weight (D,) and shift (D,) of the whole norm, and the gate: made once for a conditioning that is `once`."""
+        return once(self, cond_1C, lambda: self._constants(cond_1C))
+
+    def _constants(self, cond_1C):
         shift, scale, gate = self.modulate(cond_1C)
-        values = self.norm.weight * (1 + scale[0, 0]), shift[0, 0], gate
-        if cache is not None:
-            cache[self] = values
-        return values
+        weight_D = self.norm.weight * (1 + scale[0, 0])
+        return weight_D, shift[0, 0].to(weight_D.dtype), gate
 
 
 def add_gated(x_NLD: torch.Tensor, gate: torch.Tensor | None, y_NLD: torch.Tensor) -> torch.Tensor:
@@ -257,14 +265,18 @@ class Backbone(nn.Module):
         cond_NC = None
         if self.time_embedding is not None:
             if noise_N is None:  # without time the conditioning is a constant
-                noise_N = x_NLD.new_zeros(1, dtype=torch.float32)
-            cond_NC = nn.functional.silu(self.time_embedding(noise_N))
+                cond_NC = once(self, None, lambda: self.conditioning(x_NLD.new_zeros(1, dtype=torch.float32)))
+            else:
+                cond_NC = self.conditioning(noise_N)
         needed_NQ = None
         if where_NL is not None and mask is None and not self.is_causal and not _compiling.get():
             needed_NQ = needed_positions(where_NL, x_NLD.device)
         if _compiling.get():
             return run_compiled(self, x_NLD, cond_NC, rotary, mask), cond_NC
         return self.run_blocks(x_NLD, cond_NC, rotary, mask, past_key_values, needed_NQ), cond_NC
+
+    def conditioning(self, noise_N: torch.Tensor) -> torch.Tensor:
+        return nn.functional.silu(self.time_embedding(noise_N))
 
     def run_blocks(self, x_NLD, cond_NC, rotary, mask, past_key_values=None, needed_NQ=None) -> torch.Tensor:
         *blocks, last = self.blocks

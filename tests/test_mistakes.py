@@ -194,8 +194,8 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("energy_type", ["nce", "coar"])
 def test_10_no_candidate_gets_a_copy_of_the_vocabulary(energy_type, monkeypatch):
-    """Nothing larger than (L, V) lives at a time, although the K candidates are scored in one pass; and with a processor,
-    for which there must be logits, as well."""
+    """Nothing larger than (L, V) lives at a time, although the K candidates are scored in one pass; the same with a
+    processor, for which there must be logits."""
     V, L, K = 40_001, 12, 16
     sizes = {"vocab_size": V, "mask_token_id": V - 1, "bos_token_id": V - 1, "hidden_size": 4}
     model = make_toy(energy_type, length=L, num_attention_heads=1, **sizes)
