@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from modeling_edlm import EDLMForMaskedLM, EDLMGenerationConfig, EDLMModel
-from modeling_edlm.backbone import Backbone
+from modeling_edlm.backbone import Backbone, fixed_weights
 from modeling_edlm.energy import distinct
 
 ALPHA = 1e-4
@@ -625,3 +625,23 @@ def test_positions_that_are_not_needed_change_nothing():
     some_hidden, _ = model.denoiser.encode(xt, t=0.5, where_NL=where)
     torch.testing.assert_close(some_hidden[where], all_hidden[where], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(some_hidden[~where], all_hidden[~where])  # the work was not done
+
+
+def test_constants_are_made_once_and_only_where_they_are_constant():
+    """Without time the modulation is a constant within one call, never across calls; with time it is none."""
+    model, calls = make_toy("none", length=8, time_conditioning=False), []
+    norm = model.denoiser.backbone.blocks[0].norm1
+    norm.modulation.register_forward_hook(lambda *_: calls.append(1))
+    before = model.generate(num_steps=8, seed=0, batch_size=3)
+    assert len(calls) == 1
+    norm.modulation.weight.data *= -3
+    assert not torch.equal(model.generate(num_steps=8, seed=0, batch_size=3), before) and len(calls) == 2
+    model.denoiser.encode(before)
+    assert len(calls) == 3
+    timed = make_toy("none", length=8)
+    rows = [timed.generate(num_steps=8, seed=0, first_row=row) for row in range(3)]
+    assert torch.equal(torch.cat(rows), timed.generate(num_steps=8, seed=0, batch_size=3))
+    told = [timed.log_p_x0(torch.full((1, 8), MASK), t) for t in (0.9, 0.1)]
+    with fixed_weights():
+        again = [timed.log_p_x0(torch.full((1, 8), MASK), t) for t in (0.9, 0.1)]
+    assert torch.equal(told[0], again[0]) and torch.equal(told[1], again[1]) and not torch.equal(*told)

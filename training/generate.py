@@ -43,12 +43,12 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_edlm import EDLMGenerationConfig, EDLMModel
+from modeling_edlm.backbone import rows_at_once
 
 from .data import read_texts
 from .results import CommaLists, write_json, write_whole
 from .trainer import fingerprint, parse_arguments
 
-BLOCK = 64  # rows handed to generate() at once where it chooses how many fit
 ROW_GROUP = 1000  # rows of a parquet file that are in memory together
 LENGTHS = ("max_length", "max_new_tokens")
 SAMPLING = ("num_steps", "num_candidates", "energy_window", "energy_temperature", "shared_completion")
@@ -422,7 +422,8 @@ def run(arguments: GenerateArguments, state: PartialState, parts: Parts) -> None
         config = settings(arguments, model)
         starts = Starts(arguments, tokenizer, model, config)
     N = starts.num_rows
-    size = arguments.batch_size or min(BLOCK, math.ceil(N / state.num_processes))
+    fitting = rows_at_once(model.denoiser, max(starts.length(row) for row in range(0, N, starts.each)))
+    size = arguments.batch_size or min(fitting, math.ceil(N / state.num_processes))
     begun = [None]
     if state.is_main_process:
         start, done = parts.begin(origin(arguments, model, config, starts), arguments)
