@@ -7,6 +7,7 @@ Random weights of the benchmark's sizes; the candidates that are equal are count
 row take turns, and the best of some runs counts. "Without" is the plain form of the same law, by replacing a function.
 """
 
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ import modeling_edlm.energy
 import modeling_edlm.generation_edlm
 import modeling_edlm.proposal
 from modeling_edlm import EDLMModel
-from training.results import CommaLists, command, machine, read_results, write_json, write_whole
+from training.results import CommaLists, machine, read_results, write_json, write_whole
 from training.trainer import parse_arguments
 
 from .arguments import OWN_SIZES, SIZES
@@ -150,12 +151,13 @@ def plot(results: dict, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(AblationArguments, __doc__, sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parse_arguments(AblationArguments, __doc__, argv)
     if arguments.from_json:
         results, out = read_results(arguments.from_json), Path(arguments.from_json)
     else:
         out = Path(arguments.out)
-        recorded = command("bench", arguments, ("from_json",)).replace("training.bench", "tests.bench.ablation")
+        recorded = shlex.join(["python", "-m", "tests.bench.ablation", *argv])
         results = {"command": recorded, "num_steps": arguments.num_steps, "num_candidates": arguments.num_candidates}
         results |= machine() | {"rows": [], "candidates": candidates(arguments)}
         todo = [(size, energy) for size in SIZES["cpu"] for energy in ("none", "ar", "nce")]
