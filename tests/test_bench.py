@@ -383,28 +383,34 @@ def test_imports_of_the_published_code_are_undone(checkout):
         published.load("nowhere")
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # its way to ask for autocast
-@pytest.mark.skipif(not os.environ.get("EDLM_REF"), reason="EDLM_REF is not set")
-def test_published_networks_give_the_published_numbers():
-    """Stand-ins for packages and constructors change nothing: logits and energies are those of the fixtures."""
-    fixtures = Path(__file__).parent / "fixtures" / "parity"
-    config = json.loads((fixtures / "manifest.json").read_text())["config"]
-    expected = load_file(fixtures / "expected.safetensors")
-    names = {"hidden_size": "hidden", "num_hidden_layers": "blocks", "num_attention_heads": "heads", "length": "length"}
-    size = {name: config[key] for name, key in (names | {"cond_dim": "cond_dim"}).items()}
-    size["vocab_size"] = config["vocab_with_mask"]
-    reference = published.load(os.environ["EDLM_REF"])
-    for energy in ("nce", "ar", "coar"):
-        sampler = published.make_sampler(reference, energy, size)
-        for kind, network in (("denoiser", sampler.backbone), ("nce" if energy == "nce" else "ar", sampler.ebm)):
-            weights = load_file(fixtures / f"{kind}.safetensors")
-            network.load_state_dict(weights)
-        xt_BL, sigma_B = expected["xt"], torch.zeros(len(expected["xt"]))
-        with torch.no_grad():
-            log_p_BLV = sampler(xt_BL, sigma_B)
-            energies = [sampler.ebm_forward(xt_BL, sigma_B, x0_BL, log_p_BLV)[:, 0] for x0_BL in expected["cand"]]
-        torch.testing.assert_close(log_p_BLV, expected["subs_log_probs"], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(torch.stack(energies), expected[f"energy_{energy}"], rtol=1e-4, atol=1e-3)
+if os.environ.get("EDLM_REF"):  # a check of the stand-ins, for whoever has the published code to measure
+
+    @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # its way to ask for autocast
+    def test_published_networks_give_the_published_numbers():
+        """Stand-ins for packages and constructors change nothing: logits and energies are those of the fixtures."""
+        fixtures = Path(__file__).parent / "fixtures" / "parity"
+        config = json.loads((fixtures / "manifest.json").read_text())["config"]
+        expected = load_file(fixtures / "expected.safetensors")
+        names = {
+            "hidden_size": "hidden",
+            "num_hidden_layers": "blocks",
+            "num_attention_heads": "heads",
+            "length": "length",
+        }
+        size = {name: config[key] for name, key in (names | {"cond_dim": "cond_dim"}).items()}
+        size["vocab_size"] = config["vocab_with_mask"]
+        reference = published.load(os.environ["EDLM_REF"])
+        for energy in ("nce", "ar", "coar"):
+            sampler = published.make_sampler(reference, energy, size)
+            for kind, network in (("denoiser", sampler.backbone), ("nce" if energy == "nce" else "ar", sampler.ebm)):
+                weights = load_file(fixtures / f"{kind}.safetensors")
+                network.load_state_dict(weights)
+            xt_BL, sigma_B = expected["xt"], torch.zeros(len(expected["xt"]))
+            with torch.no_grad():
+                log_p_BLV = sampler(xt_BL, sigma_B)
+                energies = [sampler.ebm_forward(xt_BL, sigma_B, x0_BL, log_p_BLV)[:, 0] for x0_BL in expected["cand"]]
+            torch.testing.assert_close(log_p_BLV, expected["subs_log_probs"], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(torch.stack(energies), expected[f"energy_{energy}"], rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(
