@@ -358,13 +358,13 @@ def test_best_batch_stops_before_it_takes_too_long(monkeypatch):
     assert tried == [1, 8, 16] and speeds == {n: n * L / (1 + 0.5 * n) for n in tried}  # 64 of them: about 36 s
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the resident set is read from /proc")
 def test_peak_memory_is_of_the_run():
     before = torch.ones(2**24)
     with PeakMemory("cpu") as peak:
         torch.ones(2**23).sum()
-    if peak.bytes is None:
-        pytest.skip("the resident set's peak cannot be reset here")
+    if sys.platform != "linux" or not os.access("/proc/self/clear_refs", os.W_OK):
+        assert peak.bytes is None  # it is not known, and nothing is made up
+        return
     assert 2**25 == pytest.approx(peak.bytes, rel=0.1) and before.nbytes == 2**26
 
 

@@ -9,7 +9,7 @@ from scipy.stats import chi2, kstest
 from modeling_edlm.backbone import suppress
 from modeling_edlm.sampler import choose, draw, uniforms
 from modeling_edlm.schedule import alpha, antithetic_times, conditioning, dalpha, q_sample, reveal_steps, times
-from modeling_edlm.vocabulary import draw_projected, log_prob_projected
+from modeling_edlm.vocabulary import BLOCK, draw_projected, log_prob_projected
 
 ALPHA = 1e-4
 
@@ -121,8 +121,9 @@ def test_antithetic_times_put_one_in_every_stratum():
     assert sorted((t * 8).ceil().int().tolist()) == list(range(1, 9))
 
 
-def test_draws_of_a_projection_have_the_law_of_its_softmax():
+def test_draws_of_a_projection_have_the_law_of_its_softmax(monkeypatch):
     """Without the table of logits: the same law, and for the same uniforms nearly always the same token."""
+    monkeypatch.setitem(BLOCK, "cpu", 1)  # the least: 1,024 tokens, so there are five blocks
     torch.manual_seed(0)
     V, D, banned = 5003, 16, 5002  # the last block and the last piece are not full
     hidden_MD, weight_VD, bias_V = torch.randn(3, D), torch.randn(V, D), torch.randn(V)
@@ -144,6 +145,7 @@ def test_draws_of_a_projection_have_the_law_of_its_softmax():
 @pytest.mark.parametrize("V", [1025, 4096, 5003])
 def test_edges_of_a_projection(V, monkeypatch):
     """First and last uniform, a banned token alone in its block, pieces without mass, rows in several parts, NaN."""
+    monkeypatch.setitem(BLOCK, "cpu", 1)
     torch.manual_seed(1)
     hidden_MD, weight_VD, bias_V = torch.randn(9, 4), torch.randn(V, 4), torch.randn(V)
     bias_V[torch.rand(V) < 0.5] = -torch.inf
@@ -154,10 +156,10 @@ def test_edges_of_a_projection(V, monkeypatch):
         logits_MV = suppress(torch.nn.functional.linear(hidden_MD, weight_VD, bias_V), banned)
         x_MK, log_p_MK = draw_projected(hidden_MD, weight_VD, bias_V, banned, u_MK)
         assert logits_MV.gather(-1, x_MK).isfinite().all() and log_p_MK.isfinite().all()
-        monkeypatch.setattr("modeling_edlm.vocabulary.ROWS", 2)
-        parts = draw_projected(hidden_MD, weight_VD, bias_V, banned, u_MK)
+        with monkeypatch.context() as few_rows:
+            few_rows.setattr("modeling_edlm.vocabulary.ROWS", 2)
+            parts = draw_projected(hidden_MD, weight_VD, bias_V, banned, u_MK)
         assert torch.equal(parts[0], x_MK)
-        monkeypatch.undo()
         log_p_MV = logits_MV.log_softmax(-1)
         for x_M in (x_MK[:, 5], torch.full((9,), banned)):
             got_M = log_prob_projected(hidden_MD, weight_VD, bias_V, banned, x_M)
