@@ -8,7 +8,7 @@ Shapes: N rows, L length, D hidden size, V vocabulary, M selected positions (fla
 import torch
 from torch import nn
 
-from .backbone import Backbone, Head, ZeroLinear, position_chunks, suppress
+from .backbone import Backbone, Head, Linear, ZeroLinear, position_chunks, suppress
 from .vocabulary import log_prob_projected
 
 
@@ -71,7 +71,7 @@ class EnergyNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = Backbone(config, num_layers=config.energy_num_layers) if backbone is None else backbone
-        self.projection = nn.Linear(2 * config.hidden_size, config.hidden_size)
+        self.projection = Linear(2 * config.hidden_size, config.hidden_size)
         self.head = Head(config, config.hidden_size, zero=False)
         self.fc1 = nn.Linear(config.hidden_size, config.hidden_size)
         # starts at zero: an untrained energy leaves the proposal as it is

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .backbone import pad_rows
+from .backbone import linear, pad_rows
 
 PIECE = 32  # tokens: a draw finds its piece first, and projects that again
 ROWS = 2048  # at a time
@@ -63,7 +63,7 @@ def blocks(hidden_MD, weight_VD, bias_V, banned: int) -> Iterator[tuple[int, tor
 
 
 def project(hidden_MD: torch.Tensor, weight_WD: torch.Tensor, bias_W: torch.Tensor) -> torch.Tensor:
-    return nn.functional.linear(hidden_MD, weight_WD, bias_W).float()
+    return linear(hidden_MD, weight_WD, bias_W).float()
 
 
 def _draw(hidden_MD, weight_VD, bias_V, banned, u_MK):

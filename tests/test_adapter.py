@@ -47,7 +47,8 @@ def folders(tmp_path_factory):
     save_adapter(root / "adapter", model, denoiser, str(root / "base"))
     x = torch.randint(0, MASK, (5, 8), generator=torch.Generator().manual_seed(2))
     xt = x.masked_fill(torch.arange(8) % 2 == 0, MASK)
-    energy = model(x, xt=xt, t=0.3).logits[:, 0].detach()
+    with torch.no_grad():
+        energy = model(x, xt=xt, t=0.3).logits[:, 0]
     assert energy.std() > 0.1
     return root, (x, xt, 0.3), energy
 
@@ -69,6 +70,7 @@ def test_a_twin_has_the_same_weights_and_a_life_of_its_own():
         twin(denoiser.backbone)
 
 
+@torch.no_grad()  # with gradients the products are another library's
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_the_denoiser_is_the_same_bit_for_bit(kind):
     """While the adapter is there and while it is used, after it has raised, and after `generate()` with it."""
@@ -165,6 +167,7 @@ def test_threads_do_not_disturb_each_other():
 # ---- folders
 
 
+@torch.no_grad()
 def test_an_adapter_loads_four_ways(folders, tmp_path):
     """By `load_energy`, by its own name through AutoModel, by PEFT's own loader, and merged, which needs no PEFT."""
     root, inputs, energy = folders
@@ -191,6 +194,7 @@ def test_an_adapter_loads_four_ways(folders, tmp_path):
     torch.testing.assert_close(other.energy(*inputs), energy, atol=1e-5 * scale, rtol=0)
 
 
+@torch.no_grad()
 def test_a_whole_model_keeps_its_adapter(folders, tmp_path):
     root, inputs, energy = folders
     model = EDLMModel.from_pretrained(root / "base").load_energy(str(root / "adapter"))

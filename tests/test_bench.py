@@ -14,11 +14,12 @@ import torch
 from bench import published, report, roofline, stages
 from bench.__main__ import main
 from bench.arguments import BenchArguments
-from bench.measure import Bench, Ours, PeakMemory
+from bench.measure import Bench, Ours, PeakMemory, Runs
 from bench.roofline import Work, share
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+import modeling_edlm.backbone
 from training.trainer import parse_arguments
 
 SIZE = {
@@ -281,12 +282,13 @@ def test_flops_are_those_of_the_formula(energy):
 
 
 @pytest.mark.parametrize("energy", ["none", "ar", "nce"])
-def test_flops_are_those_of_torch(energy):
-    """FlopCounterMode does not know the attention of a CPU, and counts causal attention in full."""
+def test_flops_are_those_of_torch(energy, monkeypatch):
+    """FlopCounterMode knows neither the attention of a CPU nor oneDNN's products, and counts all causal attention."""
     ours, setting = make_ours(energy), make_setting(energy, num_steps=4, energy_window=(1.0, 0.0))
     with Work() as work:
         counts = ours.run(setting, 3, False)
     mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *x, **_: sdpa_flop_count(*x[:3])}
+    monkeypatch.setattr(modeling_edlm.backbone, "_has_onednn", lambda *_: False)
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         assert ours.run(setting, 3, False) == counts
     causal = BLOCKS * 4 * L**2 * D * 3 * counts["energy_nfe"] if energy == "ar" else 0
@@ -341,8 +343,29 @@ def test_what_is_compiled_is_warmed_up_but_not_counted(monkeypatch):
     for compile, runs in ((False, [False, False, False]), (True, [False, True, True, True, True])):
         asked.clear()
         setting = make_setting("none", compile=compile)
-        row = Bench("cpu", torch.float32, 2).row(make_ours("none"), setting, 1, 100.0, ceilings)
+        bench = Bench("cpu", torch.float32, 2)
+        measured = Runs(bench, make_ours("none"), setting, 1, ceilings)
+        bench.take_turns([measured], 100.0)
+        row = measured.row()
         assert asked == runs and row["compile"] == compile and len(row["all_seconds"]) == 2
+
+
+def test_samplers_take_turns(monkeypatch):
+    """One run of each, until one has had its time or all their repeats."""
+    order = []
+
+    class Counted:
+        def __init__(self, name, duration):
+            self.name, self.duration, self.seconds = name, duration, []
+
+        def once(self):
+            order.append(self.name)
+            self.seconds.append(self.duration)
+
+    for most, turns in ((100.0, 3), (5.0, 2), (0.0, 1)):
+        order.clear()
+        Bench("cpu", torch.float32, 3).take_turns([Counted("ours", 1.0), Counted("theirs", 2.0)], most)
+        assert order == ["ours", "theirs"] * turns
 
 
 def test_best_batch_stops_before_it_takes_too_long(monkeypatch):

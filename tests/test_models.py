@@ -5,14 +5,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from toy import MASK, make_toy
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_edlm import EDLMConfig, EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
+from modeling_edlm.backbone import Linear, linear_gelu
 from modeling_edlm.energy import nce_loss
 
 SMALL = {"vocab_size": 12, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "cond_dim": 4}
@@ -103,6 +107,45 @@ def test_subs():
     assert model.log_p_x0(xt).dtype == torch.float32
     torch.testing.assert_close(p.sum(-1), torch.ones(1, 4))
     assert (p[..., 11] == 0).all() and p[0, 0, 1] == 1 and p[0, 2, 3] == 1
+
+
+@pytest.mark.parametrize("cls", [EDLMForMaskedLM, EDLMForCausalLM])
+def test_products_without_gradients_are_the_same(cls, monkeypatch):
+    """oneDNN's products, GELU within, and rotation in place give what autograd's kernels give."""
+    model, x = randomize(cls(EDLMConfig(**SMALL))), torch.randint(0, 11, (3, 16))
+    expected, made, product = model(x).logits, [], torch.ops.mkldnn._linear_pointwise
+    fake = SimpleNamespace(_linear_pointwise=lambda *args: made.append(args[3]) or product(*args))
+    monkeypatch.setattr(torch.ops, "mkldnn", fake)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x).logits, expected, atol=1e-5, rtol=1e-5)
+    assert made.count("gelu") == 2 and made.count("none") >= 2 * 3 + 1
+    made.clear()
+    assert model(x).logits.requires_grad and not made  # autograd would not know of them
+
+
+@pytest.mark.parametrize("change", ["hook", "other forward", "bfloat16", "autocast", "subclass", "input's gradient"])
+def test_other_layers_are_called_as_they_are(change, monkeypatch):
+    """What was changed about a layer (adapter, hook, quantised weight) must not be passed by."""
+    layer, x, seen = Linear(8, 8), torch.randn(2, 8), []
+    expected = nn.functional.gelu(layer(x), approximate="tanh").detach()
+    monkeypatch.setattr(torch.ops, "mkldnn", None)  # no product of oneDNN is possible
+    layer.requires_grad_(False)
+    if change == "hook":
+        layer.register_forward_hook(lambda *_: seen.append("called"))
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    if change == "other forward":
+        layer.forward = lambda x: seen.append("called") or nn.functional.linear(x, layer.weight, layer.bias)
+    if change == "bfloat16":
+        layer, x = layer.bfloat16(), x.bfloat16()
+    if change == "subclass":
+        layer.weight = nn.Parameter(TwoTensor(layer.weight.data, layer.weight.data), requires_grad=False)
+    if change == "input's gradient":
+        x.requires_grad_()
+    with torch.autocast("cpu", enabled=change == "autocast"):
+        y = linear_gelu(layer, x)
+    y = y.a if isinstance(y, TwoTensor) else y
+    torch.testing.assert_close(y.float(), expected, atol=0.05, rtol=0)
+    assert seen == ["called"] * (change in ("hook", "other forward")) and y.requires_grad == x.requires_grad
 
 
 @pytest.mark.parametrize("cls", [EDLMForMaskedLM, EDLMForCausalLM])

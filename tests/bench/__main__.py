@@ -13,8 +13,9 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ from training.trainer import parse_arguments
 
 from . import published, report
 from .arguments import BenchArguments
-from .measure import Bench, Ours, Published, Setting
+from .measure import Bench, Ours, Published, Runs, Setting
 from .roofline import ceilings
 
 NOT_RECORDED = ("out", "resume", "from_json")
@@ -43,61 +44,75 @@ class Session:
         self.bench = Bench(arguments.device, getattr(torch, arguments.dtype), arguments.repeats)
         self.sizes = arguments.all_sizes()
         self.start = start - results["total_seconds"]
+        self.sampler = lru_cache(maxsize=2)(self._sampler)
 
     def grid(self, size: str, energy: str) -> None:
-        settings = self.arguments.settings(size, energy)
-        self.measure("rows", "grid", lambda: self.ours(size, energy), settings, self.arguments.row_seconds, True)
+        groups = [[("rows", setting)] for setting in self.arguments.settings(size, energy)]
+        self.measure("grid", groups, self.arguments.row_seconds)
 
     def beside(self, size: str, energy: str) -> None:
-        """Ours, then the published sampler at the same batches: there is never more than one of them in memory."""
-        settings, most = self.arguments.published_settings(size, energy), self.arguments.published_row_seconds
-        self.measure("rows", "published", lambda: self.ours(size, energy), settings, most, False)
-        rows = [row for row in self.results["rows"] if row["part"] == "published"]
-        ours = [report.setting_of(row, batch=row["batch_size"], compile=False) for row in rows]
-        theirs = [setting for setting in dict.fromkeys(ours) if (setting.size, setting.energy) == (size, energy)]
-        self.measure("published", "published", lambda: self.theirs(size, energy), theirs, most, False)
+        """Ours and the published sampler by turns, of which the latter cannot be compiled."""
+        groups = {}
+        for setting in self.arguments.published_settings(size, energy):
+            groups.setdefault(replace(setting, compile=False), []).append(("rows", setting))
+        groups = [[*ours, ("published", setting)] for setting, ours in groups.items()]
+        self.measure("published", groups, self.arguments.published_row_seconds)
 
-    def ours(self, size: str, energy: str) -> Ours:
-        return Ours(energy, self.sizes[size], self.bench.device, self.bench.dtype, self.arguments.seed)
+    def measure(self, part: str, groups: list[list[tuple[str, Setting]]], most: float) -> None:
+        """Into the lists named: a row for each setting that is not there and takes at most so many seconds."""
+        self.sampler.cache_clear()
+        gc.collect()
+        ceilings = self.results["ceilings"] if part == "grid" else None
+        for group in groups:
+            runs, batch_size = [], None
+            for name, setting in group:
+                if setting in (report.setting_of(row) for row in self.results[name] if row["part"] == part):
+                    continue
+                self.progress.set_description(f"{'published: ' * (name == 'published')}{setting.label()}")
+                sampler = self.sampler(name, setting.size, setting.energy)
+                with self.leaving_out(name, part, setting):
+                    batch_size, about = self.plan(sampler, setting, batch_size, most)
+                    runs.append((name, about, Runs(self.bench, sampler, setting, batch_size, ceilings)))
+            with self.leaving_out("rows", part, group[0][1]):  # all of them, if memory ends only now
+                self.bench.take_turns([run for *_, run in runs], self.arguments.row_seconds)
+                for name, about, run in runs:
+                    self.results[name].append({"part": part} | run.row() | about)
+            self.write()
 
-    def theirs(self, size: str, energy: str) -> Published:
-        return Published(self.reference, energy, self.sizes[size], self.bench.device, self.arguments.seed)
+    def _sampler(self, name: str, size: str, energy: str) -> Ours | Published:
+        size, bench, seed = self.sizes[size], self.bench, self.arguments.seed
+        if name == "published":
+            return Published(self.reference, energy, size, bench.device, seed)
+        return Ours(energy, size, bench.device, bench.dtype, seed)
 
-    def measure(
-        self, name: str, part: str, make: Callable, settings: list[Setting], most: float, count_work: bool
-    ) -> None:
-        """Into the list `name`: a row for each setting that is not there and takes at most so many seconds."""
-        there = {report.setting_of(row) for row in self.results[name] if row["part"] == part}
-        gc.collect()  # what is left of the sampler before
-        sampler = make() if set(settings) - there else None
-        for setting in settings:
-            self.progress.set_description(f"{'published: ' * (name == 'published')}{setting.label()}")
-            if setting not in there:
-                try:
-                    self.results[name].append({"part": part} | self.row(sampler, setting, most, count_work))
-                except (LeftOut, torch.OutOfMemoryError) as error:
-                    reason = str(error) if isinstance(error, LeftOut) else "out of memory"
-                    about = {"list": name, "part": part, "label": setting.label(), "reason": reason}
-                    self.results["left_out"].append(about | asdict(setting))
-                    self.progress.write(f"left out, {setting.label()}: {reason}")
-                self.write()
+    @contextmanager
+    def leaving_out(self, name: str, part: str, setting: Setting):
+        try:
+            yield
+        except (LeftOut, torch.OutOfMemoryError) as error:
+            reason = str(error) if isinstance(error, LeftOut) else "out of memory"
+            about = {"list": name, "part": part, "label": setting.label(), "reason": reason}
+            self.results["left_out"].append(about | asdict(setting))
+            self.progress.write(f"left out, {setting.label()}: {reason}")
 
-    def row(self, sampler: Ours | Published, setting: Setting, most: float, count_work: bool) -> dict:
-        batch_size, speeds, arguments = setting.batch, {}, self.arguments
-        if batch_size == "best":
-            sizes = arguments.listed("trial_batch_sizes", int)
+    def plan(
+        self, sampler: Ours | Published, setting: Setting, batch_size: int | None, most: float
+    ) -> tuple[int, dict]:
+        """The batch size, if it is not given, and what the trials said."""
+        speeds = {}
+        if batch_size is None and setting.batch == "best":
+            sizes = self.arguments.listed("trial_batch_sizes", int)
             speeds = self.bench.best(sampler, setting, sizes, most)
             if not speeds:
                 raise LeftOut("out of memory at every batch size")
             batch_size = max(speeds, key=speeds.get)
             estimate = batch_size * sampler.length / speeds[batch_size]
         else:
+            batch_size = setting.batch if batch_size is None else batch_size
             estimate = self.bench.estimate(sampler, setting, batch_size)
         if estimate > most:
             raise LeftOut(f"a run would take about {estimate:.0f} s, more than {most:g} s")
-        measured = self.results["ceilings"] if count_work else None
-        row = self.bench.row(sampler, setting, batch_size, arguments.row_seconds, measured)
-        return row | {"estimated_seconds": estimate, "trial_tokens_per_second": speeds}
+        return batch_size, {"estimated_seconds": estimate, "trial_tokens_per_second": speeds}
 
     def write(self) -> None:
         self.results["total_seconds"] = time.perf_counter() - self.start

@@ -3,7 +3,6 @@
 import ctypes
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -134,25 +133,24 @@ class Published:
 
 
 class Bench:
-    """Measures rows on one device."""
+    """Measures on one device."""
 
     def __init__(self, device: str, dtype: torch.dtype, repeats: int):
         self.device, self.dtype, self.repeats = device, dtype, repeats
         self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
-    def seconds(self, call: Callable[[], object]) -> float:
+    def now(self) -> float:
         self.wait()
-        start = time.perf_counter()
-        call()
-        self.wait()
-        return time.perf_counter() - start
+        return time.perf_counter()
 
     def trial(self, sampler: Ours | Published, setting: Setting, batch_size: int, in_window: bool) -> float:
         """Seconds of a step."""
-        first = self.seconds(lambda: sampler.step(setting, batch_size, in_window))
-        if first > TRIAL_SECONDS:
-            return first
-        return min(first, self.seconds(lambda: sampler.step(setting, batch_size, in_window)))
+        seconds = []
+        while not seconds or (len(seconds) < 2 and seconds[0] < TRIAL_SECONDS):
+            start = self.now()
+            sampler.step(setting, batch_size, in_window)
+            seconds.append(self.now() - start)
+        return min(seconds)
 
     def estimate(self, sampler: Ours | Published, setting: Setting, batch_size: int) -> float:
         """Seconds of a run, from a step in the window and one outside."""
@@ -178,62 +176,77 @@ class Bench:
             speeds[batch_size] = batch_size * sampler.length / seconds
         return speeds
 
-    def row(
-        self,
-        sampler: Ours | Published,
-        setting: Setting,
-        batch_size: int,
-        most: float,
-        ceilings: dict | None = None,
-    ) -> dict:
-        """The row of a setting.
+    def take_turns(self, runs: list["Runs"], most: float) -> None:
+        """One run of each, again and again: how fast a machine is changes by the minute.
 
         Args:
-            most: seconds; no further run is begun when the next one would pass it, but there is always one.
-            ceilings: of the machine, where the work is to be counted.
+            most: seconds; no further turn is begun when the next run of one would pass it, but there is always one.
         """
-        ours = isinstance(sampler, Ours)
+        for _ in range(self.repeats):
+            for r in runs:
+                r.once()
+            if any(sum(r.seconds) + r.seconds[-1] >= most for r in runs):
+                break
 
-        def run(compile: bool = setting.compile) -> dict:
-            return sampler.run(setting, batch_size, compile)
 
-        work = Work()
+class Runs:
+    """The runs of a sampler in a setting, after what warms it up, and the row that they make."""
+
+    def __init__(
+        self, bench: Bench, sampler: Ours | Published, setting: Setting, batch_size: int, ceilings: dict | None = None
+    ):
+        """`ceilings` of the machine, where the work is to be counted."""
+        self.bench, self.sampler, self.setting, self.batch_size = bench, sampler, setting, batch_size
+        self.ceilings, self.work, self.seconds, self.on_cuda = ceilings, Work(), [], bench.device == "cuda"
         if ceilings is not None:
-            with work:  # it warms up as well; what is compiled cannot be counted
-                run(compile=False)
-        on_cuda, all_seconds, counts, memory = self.device == "cuda", [], {}, None
-        with PeakMemory(self.device) as recorded:
+            with self.work:  # it warms up as well; what is compiled cannot be counted
+                self.run(compile=False)
+        with PeakMemory(bench.device) as self.recorded:
             for _ in range(2 * setting.compile):  # to compile, and to record CUDA graphs
-                run()
+                self.run(setting.compile)
 
+    def run(self, compile: bool) -> dict:
+        return self.sampler.run(self.setting, self.batch_size, compile)
+
+    def once(self) -> None:
         # on a CPU the clocks cost microseconds; on a GPU each waits for it: they have a run of their own
-        while not all_seconds or (len(all_seconds) < self.repeats and sum(all_seconds) + all_seconds[-1] < most):
-            with PeakMemory(self.device) if not all_seconds else nullcontext() as first:
-                with nullcontext() if on_cuda else clocks(sampler.targets, self.wait) as stages:
-                    all_seconds.append(self.seconds(lambda: counts.update(run())))
-            memory = first.bytes if first is not None else memory
-        if on_cuda:
-            memory = max(memory, recorded.bytes)  # a replayed graph reserves nothing: its memory was counted before
-            with clocks(sampler.targets, self.wait) as stages:
-                run()
-        if not ours:
+        with PeakMemory(self.bench.device) if not self.seconds else nullcontext(self.memory) as self.memory:
+            with nullcontext() if self.on_cuda else self.clocks() as self.stages:
+                start = self.bench.now()
+                self.counts = self.run(self.setting.compile)
+                self.seconds.append(self.bench.now() - start)
+
+    def clocks(self):
+        return clocks(self.sampler.targets, self.bench.wait)
+
+    def row(self) -> dict:
+        memory = self.memory.bytes
+        if self.on_cuda:
+            memory = max(
+                memory, self.recorded.bytes
+            )  # a replayed graph reserves nothing: its memory was counted before
+            with self.clocks() as self.stages:
+                self.run(self.setting.compile)
+        counts, stages, setting, seconds = self.counts, self.stages, self.setting, median(self.seconds)
+        if not isinstance(self.sampler, Ours):
             energy_nfe = stages.calls["energy"] * setting.num_candidates
             counts = {"nfe": float(stages.calls["denoiser"]), "energy_nfe": float(energy_nfe)}
-        weights = {x.data_ptr(): x.nbytes for x in (*sampler.model.parameters(), *sampler.model.buffers())}
-        seconds = median(all_seconds)
+        model = self.sampler.model
+        weights = {x.data_ptr(): x.nbytes for x in (*model.parameters(), *model.buffers())}
         row = asdict(setting) | {
-            "batch_size": batch_size,
+            "batch_size": self.batch_size,
             "seconds": seconds,
-            "all_seconds": all_seconds,
-            "seconds_per_sequence": seconds / batch_size,
-            "tokens_per_second": batch_size * sampler.length / seconds,
+            "all_seconds": self.seconds,
+            "seconds_per_sequence": seconds / self.batch_size,
+            "tokens_per_second": self.batch_size * self.sampler.length / seconds,
             **counts,
             "peak_memory_bytes": None if memory is None else memory + sum(weights.values()),
             "clocked_seconds": sum(stages.seconds.values()),
             "stage_seconds": stages.seconds,
         }
-        if ceilings is not None:
-            shares = {"roofline_share": share(work.flops, work.bytes, seconds, ceilings)}
+        if self.ceilings is not None:
+            work = self.work
+            shares = {"roofline_share": share(work.flops, work.bytes, seconds, self.ceilings)}
             row |= {"flops": work.flops, "bytes": work.bytes} | shares
         return row
 

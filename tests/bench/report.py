@@ -15,9 +15,9 @@ CAPTION = (
     "longer, over the time of the run. Stages: shares of it."
 )
 PUBLISHED_CAPTION = (
-    "The published sampler ({checkout}) and `generate()`, same sizes, T, k and window, in one process. Its own code, "
+    "The published sampler ({checkout}) and `generate()`, same sizes, T, k and window, by turns. Its own code, "
     "with torch's attention in place of flash-attn's and an equal function for its rotary positions; float32, on a GPU "
-    "with its own bfloat16 autocast; the pass after its last step is in. {runs} after a trial step. x: tokens/s of "
+    "with its own bfloat16 autocast; the pass after its last step is in. {runs} after a trial. x: tokens/s of "
     "ours over its at the same batch, and over its at batch 1. Stages in milliseconds for a step and sequence, theirs "
     "/ ours; draw: softmax and draws."
 )
@@ -31,15 +31,11 @@ def setting_of(row: dict, **changes) -> Setting:
 
 def compared(results: dict) -> list[tuple[dict, dict | None, dict | None]]:
     """Our rows beside the published sampler's of the same batch and of batch 1, where these were measured."""
-    theirs = {}
-    for row in results["published"]:
-        theirs[setting_of(row, batch=row["batch_size"])] = row
-    rows = []
-    for row in results["rows"]:
-        if row["part"] == "published":
-            same, first = (setting_of(row, batch=size, compile=False) for size in (row["batch_size"], 1))
-            rows.append((row, theirs.get(same), theirs.get(first)))
-    return rows
+    theirs = {setting_of(row): row for row in results["published"]}
+    rows = [row for row in results["rows"] if row["part"] == "published"]
+    return [
+        (row, *(theirs.get(setting_of(row, compile=False, **batch)) for batch in ({}, {"batch": 1}))) for row in rows
+    ]
 
 
 def add_ratios(results: dict) -> None:

@@ -36,6 +36,8 @@ class Work(TorchDispatchMode):
         result, kind = function(*args, **kwargs), function._overloadpacket
         if kind in PRODUCTS:
             self.flops += flop_registry[kind](*args, **kwargs, out_val=result)
+        elif kind is torch.ops.mkldnn._linear_pointwise:
+            self.flops += 2 * result.numel() * args[1].shape[1]
         elif kind in ATTENTION:
             flops = sdpa_flop_count(*(x.shape for x in args[:3]))
             self.flops += flops // 2 if is_causal(function, args, kwargs) else flops
