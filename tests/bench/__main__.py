@@ -74,7 +74,7 @@ class Session:
                     batch_size, about = self.plan(sampler, setting, batch_size, most)
                     runs.append((name, about, Runs(self.bench, sampler, setting, batch_size, ceilings)))
             with self.leaving_out("rows", part, group[0][1]):  # all of them, if memory ends only now
-                self.bench.take_turns([run for *_, run in runs], self.arguments.row_seconds)
+                self.bench.take_turns([run for *_, run in runs], most)
                 for name, about, run in runs:
                     self.results[name].append({"part": part} | run.row() | about)
             self.write()

@@ -67,7 +67,7 @@ class BenchArguments(CommaLists):
     published_candidates: str = field(default="2", metadata={"help": "k beside it"})
     published_energies: str = field(default="none,ar", metadata={"help": "energy types beside it"})
     published_batch_sizes: str | None = field(default=None, metadata={"help": "as batch_sizes, beside it"})
-    published_row_seconds: float = field(default=300.0, metadata={"help": "a longer run beside it is left out"})
+    published_row_seconds: float = field(default=300.0, metadata={"help": "as row_seconds, beside it"})
     hidden_size: int | None = field(default=None, metadata={"help": "this and the next five: instead of the sizes'"})
     num_hidden_layers: int | None = None
     num_attention_heads: int | None = None
