@@ -77,6 +77,7 @@ WITHOUT = {  # what is replaced by what; draws from a table need the table
     "vocabulary in blocks, draws of two levels": (table, (MODULES[1], "draw", draw_over_the_whole_vocabulary)),
     "vocabulary in blocks, one pass for all candidates": (table, (MODULES[1], "draw", draw_each_candidate)),
     "last block at needed positions": ((MODULES[0], "needed_positions", every_position),),
+    "oneDNN": ((MODULES[0], "_has_onednn", lambda x, weight: False),),
     "constants made once": ((MODULES[3], "fixed_weights", ExitStack),),
 }
 
@@ -141,7 +142,7 @@ def plot(results: dict, path: Path) -> None:
     axes, rows = figure.add_subplot(), results["rows"]
     for i, name in enumerate(list(WITHOUT)[1:]):
         ratios = [min(row["seconds"][name]) / min(row["seconds"]["all of them"]) for row in rows]
-        axes.barh([j + (i - 2) * 0.16 for j in range(len(rows))], ratios, 0.15, label=f"without {name}")
+        axes.barh([j + (i - 2.5) * 0.14 for j in range(len(rows))], ratios, 0.13, label=f"without {name}")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [f"{row['size']}, {row['energy']}, batch {row['batch_size']}" for row in rows])
     axes.set(xlabel="time of a step, with all of them = 1")
