@@ -1,5 +1,6 @@
 # The virtual environment .venv is made once: a stamp file says what is in it and for which pyproject.toml and
-# constraints.txt. Variables for the command line:
+# constraints.txt. So is .venv-oldest, which has the oldest transformers that is supported, and nothing but it and torch.
+# Variables for the command line:
 #   PYTHON       the interpreter .venv is made with (3.11 or newer)
 #   TORCH_INDEX  address of an extra package index for torch, e.g. that of its CPU builds (see CONTRIBUTING.md)
 #   MODEL        the model folder `make demo` runs
@@ -8,7 +9,8 @@ TORCH_INDEX ?=
 MODEL = hub_cards/edlm-wiki27
 
 PYTHON_VENV = .venv/bin/python
-PIP_INSTALL = $(PYTHON_VENV) -m pip install -q --disable-pip-version-check -c constraints.txt
+PIP = -m pip install -q --disable-pip-version-check -c
+PIP_INSTALL = $(PYTHON_VENV) $(PIP) constraints.txt
 
 # TORCH_INDEX is the choice of a CPU build; with an NVIDIA driver the default build is the right one.
 CPU_INDEX = $(if $(TORCH_INDEX),$(if $(shell command -v nvidia-smi),,--extra-index-url $(TORCH_INDEX)))
@@ -19,7 +21,7 @@ CPU_INDEX = $(if $(TORCH_INDEX),$(if $(shell command -v nvidia-smi),,--extra-ind
 demo: .venv/.stamp-demo model
 	$(PYTHON_VENV) hub_cards/demo.py --model $(MODEL)
 
-test: .venv/.stamp-test model
+test: .venv/.stamp-test .venv-oldest/.stamp model
 	$(PYTHON_VENV) -m pytest tests -n auto --maxprocesses 8 --dist worksteal
 
 lint: .venv/.stamp-test
@@ -48,9 +50,17 @@ model: .venv/.stamp-demo
 	$(PIP_INSTALL) --no-build-isolation -e '.[test]'
 	@touch $@
 
+# What tests/test_loading.py loads with besides .venv. All versions but those in constraints-oldest.txt are the newest.
+.venv-oldest/.stamp: constraints.txt constraints-oldest.txt | .venv/.stamp-demo
+	@echo "Installing into .venv-oldest (torch again)"
+	test -x .venv-oldest/bin/pip || $(PYTHON) -m venv .venv-oldest
+	awk -F== 'NR == FNR {old[$$1]} NR == FNR || !($$1 in old)' constraints-oldest.txt constraints.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python $(PIP) .venv-oldest/constraints.txt torch transformers $(CPU_INDEX)
+	@touch $@
+
 # Everything make made, .venv included; never runs/.
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache
 	rm -f hub_cards/*/*.py hub_cards/metrics/*/metrics.py
 	rm -rf hub_cards/*/custom_generate
 	find . -name .git -prune -o -name runs -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -33,6 +33,11 @@ def generate_code() -> dict[str, bytes]:
     return {"generate.py" if name == GENERATE else name: content for name, content in sorted(code.items())}
 
 
+def metric_code() -> dict[str, bytes]:
+    """What the folder of a metric gets beside its own module."""
+    return {METRICS.name: METRICS.read_bytes()}
+
+
 def assemble(folder: Path, code: dict[str, bytes]) -> list[str]:
     """Bring the top-level *.py files of `folder` to `code` (name -> content) and return the names that changed."""
     folder.mkdir(exist_ok=True)
@@ -68,7 +73,7 @@ def main() -> None:
         for folder, files in ((config.parent, code), (config.parent / "custom_generate", generate_code())):
             changes[folder] = assemble(folder, files)
     for card in sorted(HUB_CARDS.glob("metrics/*/README.md")):
-        changes[card.parent] = copy(card.parent, {METRICS.name: METRICS.read_bytes()})
+        changes[card.parent] = copy(card.parent, metric_code())
     for folder, changed in changes.items():
         if changed:
             print(f"{folder.relative_to(HUB_CARDS)}: {', '.join(changed)}")

@@ -1,81 +1,209 @@
-"""Publish a folder as a Hub repo: a model, an energy, or an energy that is a PEFT adapter.
+"""Publish a folder as a Hub repo: a model, an energy, an adapter, a Space, a metric or a data set.
 
-    python hub_cards/push.py --folder hub_cards/edlm-wiki27 --repo USER/edlm-wiki27
-    python hub_cards/push.py --folder runs/lora/model --repo USER/edlm-lora --base USER/edlm-wiki27
+    python -m hub_cards.push --folder hub_cards/edlm-wiki27 --repo USER/edlm-wiki27
+    python -m hub_cards.push --folder runs/lora/model --repo USER/edlm-lora --base USER/edlm-wiki27
+    python -m hub_cards.push --folder hub_cards/metrics/token_entropy --repo USER/token_entropy --space
+    python -m hub_cards.push --folder runs/samples --repo USER/samples --dataset
 
-It is one commit, after which the branch holds the files of the folder and no others: whoever loads meanwhile, or after
-a push that broke off, gets the old revision whole. The token is that of `hf auth login` or HF_TOKEN. The folder is only
-read.
+A copy of the folder gets its code, its card and the results that the card states, and is used in a process of its own;
+then it is one commit, after which the branch holds these files and no others. What came back from the Hub is compared
+with what was sent. The token is that of `hf auth login` or HF_TOKEN. The folder itself is only read.
 """
 
 import argparse
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
 
 import yaml
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import HfApi, RepoCard, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
-LEFT_OUT = ("checkpoint.safetensors", "metrics.jsonl", "*.tmp", "tokens", "__pycache__", ".*")  # files and folders
+from . import cards
+from .assemble import generate_code, metric_code, model_code
+from .upload import upload
+
+# Files and folders that stay here: hidden ones, and what training and evaluation leave behind.
+LEFT_OUT = ("checkpoint*", "optimizer*", "scheduler*", "random_states*", "rng_state*", "trainer_state.json")
+LEFT_OUT += ("training_args.bin", "metrics.jsonl", "*.tmp", "*.parts", "tokens", "wandb", "__pycache__", ".*")
 SENT = (".gitattributes", ".eval_results")  # of the hidden ones
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+ROWS = (".jsonl", ".parquet", ".csv")
 CARD, MODEL, ADAPTER, ENERGY = "README.md", "config.json", "adapter_config.json", "energy_config.json"
 BASE = "base_model_name_or_path"
+SECRET = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+SAMPLERS = ("EDLMModel", "EDLMForMaskedLM")
+KINDS = dict.fromkeys(SAMPLERS, "model") | {"EDLMForCausalLM": "causal", "EDLMEnergyModel": "energy"}
 
 
-def collect(folder: Path) -> dict[str, bytes | Path]:
-    """The files to publish, by their names in the repo; ValueError if the folder is not one to publish."""
+# ---- what is published
+
+
+def collect(folder: Path) -> dict[str, Path]:
+    """The files of a folder that may be published, by their names in the repo; ValueError for what never is."""
     if not folder.is_dir():
         raise ValueError("there is no such folder")
-    files = {}
+    files, token = {}, (get_token() or "").encode()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        left_out = [part for part in name.parts if part not in SENT and any(fnmatch(part, p) for p in LEFT_OUT)]
-        if path.is_file() and not left_out:
+        if any(part not in SENT and any(fnmatch(part, p) for p in LEFT_OUT) for part in name.parts):
+            continue
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{name} is a link to something outside of it")
+        if path.is_file():
             files[name.as_posix()] = path
     if not files:
         raise ValueError("there is nothing to publish in it")
     if pickled := [name for name in files if name.lower().endswith(PICKLED)]:
         raise ValueError(f"{', '.join(pickled)}: pickled files run code when they are loaded; save as safetensors")
-    if CARD not in files:
-        raise ValueError(f"there is no {CARD} (the card) in it")
-    if not any(name.endswith(".safetensors") and "/" not in name for name in files):
-        raise ValueError("there are no weights (*.safetensors) in it")
-    if MODEL not in files and ADAPTER not in files:
-        raise ValueError(f"there is no {MODEL} or {ADAPTER} in it")
-    config = read_json(files, MODEL)
-    pipelines = config.get("custom_pipelines", {}).values()
-    for target in [*config.get("auto_map", {}).values(), *(pipeline["impl"] for pipeline in pipelines)]:
-        code = f"{target.partition('.')[0]}.py"
-        if "--" not in target and code not in files:  # user/name--module.Class is the code of another repo
-            raise ValueError(f"there is no {code} in it, which its {MODEL} names: python hub_cards/assemble.py")
+    for name, path in files.items():
+        if not name.endswith((".safetensors", ".parquet", ".png")):
+            content = path.read_bytes()
+            if SECRET.search(content) or token and token in content:
+                raise ValueError(f"{name} holds an access token")
     return files
 
 
-def read_json(files: dict[str, bytes | Path], name: str) -> dict:
-    """The object in a JSON file; {} where there is no such file."""
-    if name not in files:
-        return {}
-    content = files[name] if isinstance(files[name], bytes) else files[name].read_bytes()
+def stage(
+    folder: Path, target: Path, repo: str, repo_type: str, base: str | None = None
+) -> tuple[dict[str, Path], str]:
+    """Copy to the new folder `target` what is to be published, made whole, and say of what kind it is.
+
+    Returns:
+        the files by their names in the repo, and the kind as `try_folder.py` has it.
+    Raises:
+        ValueError: it is not a folder to publish.
+    """
+    for name, path in collect(folder).items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target / name)
+    kind = {"model": stage_model, "space": stage_space, "dataset": stage_data_set}[repo_type](
+        folder, target, repo, base
+    )
+    return {path.relative_to(target).as_posix(): path for path in sorted(target.rglob("*")) if path.is_file()}, kind
+
+
+def stage_model(folder: Path, target: Path, repo: str, base: str | None) -> str:
+    if not list(target.glob("*.safetensors")):
+        raise ValueError("there are no weights (*.safetensors) in it")
+    if (target / ADAPTER).exists():
+        kind = "adapter"
+    elif (target / MODEL).exists():
+        kind = stage_code(target)
+    else:
+        raise ValueError(f"there is no {MODEL} or {ADAPTER} in it")
+    if base is not None and kind not in ("adapter", "energy"):
+        raise ValueError(f"--base is for adapters and energies, and it holds a whole model ({kind})")
+    if base is not None:
+        for name in (ADAPTER, ENERGY):
+            if (target / name).exists():
+                write_json(target / name, read_json(target / name) | {BASE: base})
+    write(target, cards.published(folder, repo, base))
+    if kind in ("adapter", "energy"):
+        check_base(target)
+    return kind
+
+
+def stage_code(target: Path) -> str:
+    """The code of this clone, the configuration that names it, and the kind of model; ValueError if it is not ours."""
+    from modeling_edlm.configuration_edlm import AUTO_MAP, CUSTOM_PIPELINES  # torch takes seconds; others need none
+
+    config = read_json(target / MODEL)
+    architecture = (config.get("architectures") or [None])[0]
+    if config.get("model_type") != "edlm" or architecture not in KINDS:
+        raise ValueError(f"its {MODEL} is not of an EDLM: model_type is {config.get('model_type')!r}, {architecture}")
+    is_sampler = architecture in SAMPLERS
+    if is_sampler and not (target / "generation_config.json").exists():
+        raise ValueError("there is no generation_config.json in it: model.save_pretrained writes one")
+    config["auto_map"] = AUTO_MAP
+    config |= {"custom_pipelines": CUSTOM_PIPELINES} if is_sampler else {}
+    write_json(target / MODEL, config)
+    for stale in target.glob("*.py"):
+        stale.unlink()
+    shutil.rmtree(target / "custom_generate", ignore_errors=True)
+    write(target, model_code())
+    if is_sampler:
+        write(target, {f"custom_generate/{name}": content for name, content in generate_code().items()})
+    return KINDS[architecture]
+
+
+def check_base(target: Path) -> None:
+    """ValueError if the base is not named in such a way that others find it."""
+    places = [
+        (name, BASE, read_json(target / name).get(BASE)) for name in (ADAPTER, ENERGY) if (target / name).exists()
+    ]
+    named = read_card(target / CARD).data.get("base_model")
+    places += [(CARD, "base_model", value) for value in (named if isinstance(named, list) else [named])]
+    for name, key, value in places:
+        # A relative path may have the form of a repo's name.
+        if not is_repo_id(value) or Path(value).exists():
+            raise ValueError(
+                f"{name} has {key} {value!r}, which is no Hub repo but a local path: nobody else could load it; give "
+                "the repo of its base by --base USER/NAME"
+            )
+
+
+def stage_space(folder: Path, target: Path, repo: str, base: str | None) -> str:
+    write(target, cards.published(folder, repo))
+    is_metric = (target / f"{folder.name}.py").exists()
+    if is_metric:
+        write(target, metric_code())
+    data = read_card(target / CARD).data
+    if data.get("sdk") != "gradio" or not (target / str(data.get("app_file"))).is_file():
+        raise ValueError(f"its {CARD} must name sdk: gradio and as app_file a file in it")
+    for path in target.rglob("*.py"):
+        try:
+            compile(path.read_bytes(), path.name, "exec")
+        except SyntaxError as error:
+            raise ValueError(f"{path.relative_to(target)} cannot be compiled: {error}") from error
+    return "metric" if is_metric else "space"
+
+
+def stage_data_set(folder: Path, target: Path, repo: str, base: str | None) -> str:
+    if not [path for path in target.rglob("*") if path.suffix in ROWS]:
+        raise ValueError(f"there are no rows ({', '.join(ROWS)}) in it")
+    write(target, cards.published(folder, repo))
+    return "dataset"
+
+
+def write(target: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_bytes(content)
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; ValueError if there is none."""
     try:
-        value = json.loads(content)
+        value = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{name} cannot be parsed: {error}") from error
+        raise ValueError(f"{path.name} cannot be parsed: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{name} holds no JSON object")
+        raise ValueError(f"{path.name} holds no JSON object")
     return value
 
 
-def read_card(path: Path) -> ModelCard:
-    """The card; ValueError if what stands between its lines of --- is not metadata."""
+def read_card(path: Path) -> RepoCard:
+    """The card; ValueError if there is none or what stands between its lines of --- is not metadata."""
+    if not path.exists():
+        raise ValueError(f"there is no {CARD} (the card) in it")
     try:
         text = path.read_bytes().decode()
-        if text.lstrip().startswith("---") and not REGEX_YAML_BLOCK.search(text):
-            raise ValueError("the line --- that ends it is missing")  # ModelCard would see a card without any
-        return ModelCard(text)
+        if not REGEX_YAML_BLOCK.search(text):
+            raise ValueError("there are no lines --- with metadata between them")
+        return RepoCard(text)
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"the front matter of {CARD} cannot be parsed: {error}") from error
 
@@ -89,90 +217,112 @@ def is_repo_id(value) -> bool:
     return value is not None and "/" in value
 
 
-def prepare(folder: Path, base: str | None = None) -> dict[str, bytes | Path]:
-    """The files to publish, where `base` is given with it as their base model; ValueError if they should not be."""
-    files = collect(folder)
-    card = read_card(files[CARD])
-    configs = {name: read_json(files, name) for name in (ADAPTER, ENERGY) if name in files}
-    if base is not None:
-        for name, config in configs.items():
-            files[name] = (json.dumps(config | {BASE: base}, indent=2) + "\n").encode()
-        card.data.base_model = base
-        if card.data.tags:  # PEFT writes one that names the base
-            tag = "base_model:adapter:"
-            card.data.tags = [tag + base if old.startswith(tag) else old for old in card.data.tags]
-        files[CARD] = str(card).encode()
-    elif ADAPTER in files:
-        bases = [(name, BASE, config.get(BASE)) for name, config in configs.items()]
-        named = card.data.base_model or []
-        bases += [(CARD, "base_model", value) for value in (named if isinstance(named, list) else [named])]
-        for name, key, value in bases:
-            # A relative path may have the form of a repo's name.
-            if not is_repo_id(value) or Path(value).exists():
-                raise ValueError(
-                    f"{name} has {key} {value!r}, which is no Hub repo but a local path: nobody else could load the "
-                    "adapter; give the repo of its base by --base USER/NAME"
-                )
-    return files
+# ---- and how
 
 
-def push(api: HfApi, files: dict[str, bytes | Path], repo: str, private: bool, branch: str, message: str) -> CommitInfo:
-    """Make `repo` and `branch` where they are missing, and bring the branch to `files` in one commit."""
-    api.create_repo(repo, private=private or None, exist_ok=True)
-    now = api.repo_info(repo)
-    if private and not now.private:
-        raise ValueError(f"--private, but --repo {repo} exists and is public: change that in its settings first")
-    if branch != "main":
-        api.create_branch(repo, branch=branch, exist_ok=True)
-        now = api.repo_info(repo, revision=branch)
-    # Weights of an older revision would be loaded beside or in place of these. Hidden files are the Hub's own.
-    stale = sorted(file.rfilename for file in now.siblings if file.rfilename not in files and file.rfilename[0] != ".")
-    if stale:
-        print(f"not in the folder, so removed from {branch} of {repo}: {', '.join(stale)}")
-    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-    operations += [CommitOperationDelete(name) for name in stale]
-    # Not upload_folder, which makes several commits of a folder when it uploads by Xet. With parent_commit the Hub
-    # refuses the commit if another one came between.
-    return api.create_commit(repo, operations, commit_message=message, revision=branch, parent_commit=now.sha)
+def try_it(target: Path, kind: str) -> str:
+    """What the folder did when a stranger's process used it; ValueError with its error if it did not work."""
+    base = None
+    if kind in ("adapter", "energy"):
+        base = read_card(target / CARD).data.base_model
+        base = base[0] if isinstance(base, list) else base
+    with tempfile.TemporaryDirectory() as empty:
+        environment = os.environ | {"HF_MODULES_CACHE": f"{empty}/modules", "HF_DATASETS_CACHE": f"{empty}/datasets"}
+        if base is None:  # all that it needs is in it
+            environment |= {"HF_HUB_OFFLINE": "1"}
+        script = Path(__file__).with_name("try_folder.py")
+        command = [sys.executable, "-P", script, kind, target, *([base] if base else [])]
+        done = subprocess.run(
+            command, env=environment, cwd=empty, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+    if done.returncode:
+        raise ValueError(f"it cannot be used as it would be published:\n{done.stderr.strip()}")
+    return done.stdout.strip()
 
 
-def how_to_load(files: dict[str, bytes | Path], repo: str, branch: str) -> str:
-    """A line of Python."""
-    where = f'"{repo}"' if branch == "main" else f'"{repo}", revision="{branch}"'
-    if ADAPTER in files:
-        return f'EDLMModel.from_pretrained("{read_json(files, ADAPTER)[BASE]}").load_energy({where})'
-    config = read_json(files, MODEL)
-    architecture = (config.get("architectures") or ["EDLMModel"])[0]
-    classes = {target.rpartition(".")[2]: auto for auto, target in config.get("auto_map", {}).items()}
-    return f"{classes.get(architecture, 'AutoModel')}.from_pretrained({where}, trust_remote_code=True)"
+def how_to_load(files: dict[str, Path], kind: str, repo: str, oid: str) -> str:
+    """A line of Python that always gives this very revision."""
+    pinned = f'"{repo}", revision="{oid}"'
+    if kind in ("adapter", "energy"):
+        base = read_card(files[CARD]).data.base_model
+        return f'AutoModel.from_pretrained("{base}", trust_remote_code=True).load_energy({pinned})'
+    if kind == "dataset":
+        return f"datasets.load_dataset({pinned})"
+    if kind == "metric":
+        return f"evaluate.load({pinned})"
+    if kind == "space":
+        return f'huggingface_hub.snapshot_download({pinned}, repo_type="space")'
+    return f"AutoModel{'ForCausalLM' if kind == 'causal' else ''}.from_pretrained({pinned}, trust_remote_code=True)"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True, help="with README.md, weights as safetensors, and config")
+def size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:,.1f} KiB"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="what is to be published")
     parser.add_argument("--repo", required=True, metavar="USER/NAME", help="made if there is none")
+    types = parser.add_mutually_exclusive_group()
+    for name, help in (("space", "a Gradio app, or a metric"), ("dataset", "rows of training/generate.py, or others")):
+        types.add_argument(f"--{name}", dest="type", action="store_const", const=name, default="model", help=help)
+    parser.add_argument("--base", metavar="USER/NAME", help="of an adapter or energy: the repo of its base")
+    parser.add_argument("--dry-run", action="store_true", help="do everything but upload")
     parser.add_argument("--private", action="store_true", help="make the repo a private one")
     parser.add_argument("--revision", default="main", metavar="BRANCH", help="made from main if there is none")
+    parser.add_argument("--create-pr", action="store_true", help="propose the commit, as a pull request")
+    parser.add_argument("--tag", help="for the commit")
     parser.add_argument("--message", help="of the commit; default: Upload and the folder's name")
-    parser.add_argument("--base", metavar="USER/NAME", help="published as the base model; the folder stays as it is")
-    arguments = parser.parse_args()
-    repo, base, branch = arguments.repo, arguments.base, arguments.revision
-    for name, value in (("--repo", repo), ("--base", base)):
+    arguments = parser.parse_args(argv)
+    repo = arguments.repo
+    for name, value in (("--repo", repo), ("--base", arguments.base)):
         if value is not None and not is_repo_id(value):
             parser.error(f"{name} {value}: must have the form USER/NAME")
-    try:
-        files = prepare(arguments.folder, base)
-    except ValueError as error:
-        parser.error(f"--folder {arguments.folder}: {error}")
-    message = arguments.message or f"Upload {arguments.folder.resolve().name}"
-    try:
-        commit = push(HfApi(), files, repo, arguments.private, branch, message)
-    except Exception as error:  # the classes of network errors are another library's in each generation of the client
-        raise SystemExit(
-            f"{type(error).__name__}: {error}\nThe push to {repo} did not finish. What is there is whole: the old "
-            "revision, unless the answer to the commit was all that got lost. The same command may be given again."
-        ) from error
-    print(f"published: {commit.commit_url}\nload it by: {how_to_load(files, repo, branch)}")
+    if arguments.tag and arguments.create_pr:
+        parser.error(f"--tag {arguments.tag}: is for what is published, and --create-pr only proposes it")
+
+    folder = arguments.folder.resolve()
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            files, kind = stage(folder, Path(temporary) / folder.name, repo, arguments.type, arguments.base)
+            for name, path in files.items():
+                print(f"{size(path.stat().st_size):>12}  {name}")
+            print(f"{size(sum(path.stat().st_size for path in files.values())):>12}  in {len(files)} files")
+            if kind != "space":
+                print(f"as others would use it: {try_it(Path(temporary) / folder.name, kind)}")
+        except ValueError as error:
+            parser.error(without_token(f"--folder {arguments.folder}: {error}"))
+        if arguments.dry_run:
+            print("nothing was uploaded")
+            return
+        try:
+            published = upload(
+                HfApi(),
+                files,
+                repo,
+                arguments.type,
+                branch=arguments.revision,
+                private=arguments.private,
+                create_pr=arguments.create_pr,
+                tag=arguments.tag,
+                message=arguments.message or f"Upload {folder.name}",
+            )
+        except (
+            Exception
+        ) as error:  # the classes of network errors are another library's in each generation of the client
+            raise SystemExit(
+                without_token(
+                    f"{type(error).__name__}: {error}\nThe push to {repo} did not finish. What is there is whole: the "
+                    "old revision, or the new one if the commit was made. The same command may be given again."
+                )
+            ) from None
+        print(f"{'proposed' if arguments.create_pr else 'published'}: {published.pr_url or published.url}")
+        print(f"load it by: {how_to_load(files, kind, repo, published.oid)}")
+
+
+def without_token(text: str) -> str:
+    text, token = SECRET.sub(b"hf_***", text.encode()).decode(), get_token()
+    return text.replace(token, "***") if token else text
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Published MDLM, EDLM and AR checkpoints to a folder of ours.
 
-    python -m modeling_edlm.convert_checkpoint --checkpoint mdlm.ckpt --kind denoiser --num_heads 12 --out FOLDER
+    python -m modeling_edlm.convert_checkpoint --checkpoint edlm.ckpt --kind edlm --tokenizer gpt2 --out FOLDER
 
 Reads the Lightning checkpoints of the codes of MDLM (arXiv 2406.07524) and EDLM (arXiv 2410.21357), flat state dicts,
-and folders of MDLM's remote code on the Hub (`kuleshov-group/mdlm-owt`). Nothing is unpickled but tensors.
+and folders and Hub repos of MDLM's remote code, which is neither downloaded nor run. Nothing is unpickled but tensors.
 """
 
 import argparse
@@ -15,13 +15,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from .configuration_edlm import EDLMConfig
-from .modeling_edlm import EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM
+from .modeling_edlm import EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
 
 # What each kind becomes, the prefixes its keys may have, the most specific first, and its settings. In an EDLM
 # checkpoint the energy network stands twice, as `ebm` and inside the denoiser's `backbone`.
@@ -30,10 +33,19 @@ KINDS = {
     "ar": (EDLMForCausalLM, ("backbone.ebm.", "ebm.", "backbone.", ""), {}),
     "nce": (EDLMEnergyModel, ("backbone.ebm.", "ebm.", ""), {"energy_type": "nce", "energy_pooling": "mean"}),
 }
+EDLM = "edlm"  # the kind that is a denoiser and an NCE energy
 ENERGY_PREFIXES = ("backbone.ebm.", "ebm.")
 NO_WEIGHTS = ("noise.", "train_metrics.", "valid_metrics.", "test_metrics.")
 NO_WEIGHTS += ("gen_ppl_metric.", "entropy_metric.", "time_metric.")
 ROTARY = "rotary_emb.inv_freq"
+SIZES = {"vocab_size": "vocab_size", "hidden_dim": "hidden_size"}  # by their names in a published config.json
+SIZES |= {"n_blocks": "num_hidden_layers", "n_heads": "num_attention_heads"}
+FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+# Beside the weights a published Lightning checkpoint holds its configuration and its tokenizer, objects of these
+# packages. They are read as `Inert`: nothing here is imported or called. What other code a file names is refused.
+INERT_PACKAGES = ("omegaconf", "transformers", "tokenizers", "lightning", "pytorch_lightning")
+INERT_NAMES = ("typing.Any", "collections.defaultdict")
+INERT_NAMES += tuple(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "str", "tuple"))
 # Our names to the published ones, replaced in this order.
 RENAMED = (
     ("network.fc1.", "energy_head.0."),
@@ -71,7 +83,7 @@ def from_official(
     Args:
         state_dict: tensors by the published names, with or without the prefixes of a whole checkpoint; or a Lightning
             checkpoint `{"state_dict": ..., "ema": ...}`, of which the exponential averages are taken.
-        kind: `"denoiser"`, `"ar"`, or `"nce"`, the energy with mean pooling.
+        kind: `"denoiser"`, `"ar"`, `"nce"`, the energy with mean pooling, or `"edlm"`, denoiser and NCE energy.
         num_heads: the one size that the shapes do not tell.
         time_conditioning: whether the model was trained to see sigma, whose place our t takes (log-linear schedule).
         mask_token_id: `None`: the last id. bos_token_id: `None`: the mask id. A published AR model has never read
@@ -79,10 +91,19 @@ def from_official(
     Raises:
         ValueError: an unknown kind; missing, unknown or misshapen tensors; averages that do not fit the weights.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {tuple(KINDS)}, got {kind!r}")
-    model_class, prefixes, settings = KINDS[kind]
+    if kind not in (*KINDS, EDLM):
+        raise ValueError(f"kind must be one of {(*KINDS, EDLM)}, got {kind!r}")
+    settings = {
+        "time_conditioning": time_conditioning,
+        "max_position_embeddings": max_position_embeddings,
+        "mask_token_id": mask_token_id,
+        "bos_token_id": bos_token_id,
+    }
     tensors = _averaged(state_dict) if "state_dict" in state_dict else state_dict
+    if kind == EDLM:
+        denoiser, energy = (from_official(tensors, part, num_heads, **settings) for part in ("denoiser", "nce"))
+        return EDLMModel.from_components(denoiser, energy, "nce").eval()
+    model_class, prefixes, fixed = KINDS[kind]
     if strays := [key for key, value in tensors.items() if not isinstance(value, torch.Tensor)]:
         raise ValueError(f"not tensors: {_listed(strays)}")
     prefix = next((p for p in prefixes if f"{p}vocab_embed.embedding" in tensors), None)
@@ -111,16 +132,13 @@ def from_official(
     try:
         config = EDLMConfig(
             vocab_size=size("vocab_embed.embedding", 0),
-            mask_token_id=mask_token_id,
-            bos_token_id=bos_token_id,
             hidden_size=hidden_size,
             num_hidden_layers=len({key.split(".")[1] for key in network if key.startswith("blocks.")}),
             num_attention_heads=num_heads,
             intermediate_size=size("blocks.0.mlp.0.weight", 0),
             cond_dim=0 if kind == "ar" else size("sigma_map.mlp.2.weight", 0),
-            max_position_embeddings=max_position_embeddings,
-            time_conditioning=time_conditioning,
             **settings,
+            **fixed,
         )
     except StrictDataclassError as error:
         raise ValueError(str(error)) from error
@@ -147,15 +165,32 @@ def from_official(
     return model.eval()
 
 
+class Inert:
+    """In place of an object of another package; keeps the state that the object had."""
+
+    state = None
+
+    def __new__(cls, *args):
+        return super().__new__(cls)
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def get(self, name: str):
+        """A part of the state, if that is a dictionary with such a part."""
+        return self.state.get(name) if isinstance(self.state, dict) else None
+
+
 def read_checkpoint(path: str | os.PathLike) -> dict:
-    """The content of a checkpoint file, or of the model.safetensors of a folder.
+    """The content of a checkpoint file, or of the weights of a folder, in one file or several.
 
     Raises:
-        ValueError: the file is damaged or holds more than weights.
+        FileNotFoundError: there is none.
+        ValueError: a file is damaged or holds code.
     """
     path = Path(path)
     if path.is_dir():
-        path = path / "model.safetensors"
+        return _read_folder(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     if path.suffix == ".safetensors":
@@ -164,7 +199,11 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        is_zip = zipfile.is_zipfile(path)
+        foreign = get_unsafe_globals_in_checkpoint(path) if is_zip else []
+        inert = [n for n in foreign if n.partition(".")[0] in INERT_PACKAGES or n in INERT_NAMES]
+        with safe_globals([(Inert, name) for name in inert]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # the restricted unpickler meets damaged files with many kinds of errors
         reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0].partition(". Please")[0]
         raise ValueError(
@@ -175,6 +214,15 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold a dictionary, got {type(content).__name__}")
     return content
+
+
+def download(repo: str, revision: str | None = None) -> Path:
+    """A folder with the configuration and the weights of a Hub repo, safetensors where it has them, and no code."""
+    for pattern, index in (("model*.safetensors", SAFE_WEIGHTS_INDEX_NAME), ("pytorch_model*.bin", WEIGHTS_INDEX_NAME)):
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=["config.json", pattern, index]))
+        if any(folder.glob(pattern)):
+            break
+    return folder
 
 
 def write_hub_folder(model: PreTrainedModel, folder: str | os.PathLike, tokenizer=None) -> None:
@@ -195,38 +243,78 @@ def write_hub_folder(model: PreTrainedModel, folder: str | os.PathLike, tokenize
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, type=Path, help=".ckpt, .pt, .bin, .safetensors, or a folder")
-    parser.add_argument("--kind", required=True, choices=KINDS)
-    parser.add_argument("--num_heads", type=int, help="default: n_heads of a folder's config.json")
+    parser.add_argument("--checkpoint", required=True, help=f"a file ({', '.join(FILES)}), a folder, or a Hub repo")
+    parser.add_argument("--revision", help="of the Hub repo")
+    parser.add_argument("--kind", required=True, choices=(*KINDS, EDLM))
+    parser.add_argument("--num_heads", type=int, help="default: what the checkpoint says, where it does")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--tokenizer", help="folder or repo; where it has no mask token, one is added as the last id")
     parser.add_argument("--time_conditioning", action="store_true", help="the model was trained to see the noise level")
-    parser.add_argument("--max_position_embeddings", type=int, help="default: a folder's model_length, else 1024")
+    parser.add_argument("--max_position_embeddings", type=int, help="default: what the checkpoint says, else 1024")
     arguments = parser.parse_args(argv)
-    published = {}
-    if arguments.checkpoint.is_dir():
-        published = json.loads((arguments.checkpoint / "config.json").read_text(encoding="utf-8"))
+    path = Path(arguments.checkpoint)
+    is_repo = not path.exists() and path.suffix not in FILES
+    if arguments.revision and not is_repo:
+        parser.error(f"--revision is that of a Hub repo, --checkpoint is {path}")
+    if is_repo:
+        path = download(arguments.checkpoint, arguments.revision)
+    content = read_checkpoint(path)
+    published = _published(path, content)
     num_heads = arguments.num_heads or published.get("n_heads")
     if num_heads is None:
         parser.error("--num_heads must be given: the weights do not tell it")
-    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer) if arguments.tokenizer else None
-    if tokenizer is None and arguments.kind == "ar":
+    tokenizer, ids = None, {}
+    if arguments.tokenizer:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer, trust_remote_code=False)
+        if tokenizer.mask_token_id is None:
+            tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+        # published texts begin with [CLS] where there is no BOS
+        start = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        ids = {"mask_token_id": tokenizer.mask_token_id, "bos_token_id": start}
+    elif arguments.kind == "ar":
         print("without --tokenizer the AR model's first input is the mask token, which published models never read")
-    if tokenizer is not None and tokenizer.mask_token_id is None:
-        tokenizer.add_special_tokens({"mask_token": "[MASK]"})
     model = from_official(
-        read_checkpoint(arguments.checkpoint),
+        content,
         arguments.kind,
         num_heads,
         time_conditioning=arguments.time_conditioning or bool(published.get("time_conditioning")),
         max_position_embeddings=arguments.max_position_embeddings or published.get("model_length", 1024),
-        mask_token_id=tokenizer and tokenizer.mask_token_id,
-        bos_token_id=tokenizer and tokenizer.bos_token_id,
+        **ids,
     )
+    for name, field in SIZES.items():
+        if published.get(name, value := getattr(model.config, field)) != value:
+            raise ValueError(f"{arguments.checkpoint} says {name}={published[name]}, the model has {value}")
     if tokenizer is not None and len(tokenizer) != model.config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
     write_hub_folder(model, arguments.out, tokenizer)
     print(f"wrote {arguments.out}: {type(model).__name__}, {model.num_parameters():,} parameters")
+
+
+def _read_folder(folder: Path) -> dict:
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        file = folder / name
+        if not file.is_file():
+            continue
+        if file.suffix != ".json":
+            return read_checkpoint(file)
+        parts = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
+        return {key: value for part in parts for key, value in read_checkpoint(folder / part).items()}
+    raise FileNotFoundError(f"no such file: {folder / SAFE_WEIGHTS_NAME}, and no {WEIGHTS_NAME}, whole or in parts")
+
+
+def _published(path: Path, content: Mapping) -> dict:
+    """What is said of the model, by its published names, in a folder's config.json or in a Lightning checkpoint."""
+    if path.is_dir():
+        return json.loads((path / "config.json").read_text(encoding="utf-8"))
+    said = {}
+    for name, place in (("n_heads", "model.n_heads"), ("model_length", "model.length"), ("time_conditioning",) * 2):
+        node = (content.get("hyper_parameters") or {}).get("config")
+        for key in place.split("."):  # of a tree of omegaconf's nodes
+            children = node.get("_content") if isinstance(node, Inert) else None
+            node = children.get(key) if isinstance(children, dict) else None
+        if isinstance(node, Inert) and isinstance(node.get("_val"), int):  # and no reference to another place
+            said[name] = node.get("_val")
+    return said
 
 
 def _averaged(checkpoint: Mapping) -> dict[str, torch.Tensor]:
@@ -236,7 +324,7 @@ def _averaged(checkpoint: Mapping) -> dict[str, torch.Tensor]:
     the energy network's alone; its denoiser is frozen and has no averages.
     """
     tensors, ema = checkpoint["state_dict"], checkpoint.get("ema")
-    if not ema or "shadow_params" not in ema:
+    if not isinstance(ema, Mapping) or "shadow_params" not in ema:
         raise ValueError(
             "the checkpoint has no ema.shadow_params; pass its state_dict alone if the raw weights are wanted"
         )

@@ -12,20 +12,26 @@ import os
 import pickle
 import subprocess
 import sys
+import types
+import typing
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from modeling_edlm import EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
 from modeling_edlm.backbone import log_probs
 from modeling_edlm.convert_checkpoint import from_official, main, read_checkpoint, write_hub_folder
 from modeling_edlm.energy import causal_log_prob, nce_loss
 from modeling_edlm.schedule import alpha, conditioning, dalpha
+
+from .fake_hub import FakeHub, Repo
 
 FIXTURES = Path(__file__).parent / "fixtures" / "parity"
 MANIFEST = json.loads((FIXTURES / "manifest.json").read_text(encoding="utf-8"))
@@ -284,13 +290,27 @@ def test_the_frozen_denoiser_of_an_energy_checkpoint() -> None:
     assert_same(from_official(lightning("nce"), "denoiser", HEADS), converted("denoiser"))
 
 
+def test_a_whole_edlm_from_one_checkpoint() -> None:
+    edlm = EDLMModel.from_components(converted("denoiser"), converted("nce"), "nce")
+    state = prefixed("backbone.backbone.", "denoiser") | prefixed("ebm.", "nce")
+    for checkpoint in (lightning("nce"), state):
+        model = from_official(checkpoint, "edlm", HEADS)
+        assert_same(model, edlm)
+        assert not model.training and model.config.to_dict() == edlm.config.to_dict()
+    model = from_official(state, "edlm", HEADS, max_position_embeddings=77, mask_token_id=5, time_conditioning=True)
+    for config in (model.config, model.denoiser.config, model.energy_model.config):
+        assert (config.max_position_embeddings, config.mask_token_id, config.time_conditioning) == (77, 5, True)
+    with pytest.raises(ValueError, match="no network of kind 'nce'"):
+        from_official(lightning("denoiser"), "edlm", HEADS)
+
+
 def test_averages_that_do_not_fit() -> None:
     checkpoint = lightning("nce")
     shadow = checkpoint["ema"]["shadow_params"]
     for wrong in (shadow[:-1], shadow + shadow[:1], [*shadow[:3], shadow[4], shadow[3], *shadow[5:]], []):
         with pytest.raises(ValueError, match="shadow_params does not fit"):
             from_official(checkpoint | {"ema": {"shadow_params": wrong}}, "nce", HEADS)
-    for ema in (None, {}, {"decay": 0.9}):
+    for ema in (None, {}, [], {"decay": 0.9}):
         with pytest.raises(ValueError, match="no ema.shadow_params"):
             from_official(checkpoint | {"ema": ema}, "nce", HEADS)
     raw = from_official(checkpoint["state_dict"], "nce", HEADS)  # asked for in so many words
@@ -347,7 +367,7 @@ def test_the_kind_must_be_that_of_the_tensors(kind: str, other: str) -> None:
 
 
 def test_unknown_kind() -> None:
-    with pytest.raises(ValueError, match="kind must be one of .*, got 'diffusion'"):
+    with pytest.raises(ValueError, match="kind must be one of .*'edlm'.*, got 'diffusion'"):
         from_official(tensors("ar"), "diffusion", HEADS)
 
 
@@ -395,31 +415,125 @@ def test_files_of_weights(tmp_path: Path, as_zip: bool) -> None:
 
 
 class Malicious:
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
 
     def __reduce__(self):
-        return open, (str(self.path), "w")
+        return self.call
+
+
+HARM = {  # what makes the file `target`, and how the message names it
+    "open": (lambda target: Malicious(open, str(target), "w"), r"GLOBAL io\.open"),
+    "system": (lambda target: Malicious(os.system, f"echo > {target}"), r"GLOBAL \w+\.system"),
+    "exec": (lambda target: Malicious(exec, f"open({str(target)!r}, 'w').close()"), "GLOBAL exec"),
+}
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("protocol", [None, 2, 4])
-def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path, protocol: int | None) -> None:
+@pytest.mark.parametrize("harm", HARM)
+@pytest.mark.parametrize("form", ["zip", "legacy", "folder", "pickle 2", "pickle 4"])
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path, form: str, harm: str) -> None:
     target, path = tmp_path / "made", tmp_path / "bad.ckpt"
-    content = {"state_dict": {}, "hyper_parameters": Malicious(target)}
-    if protocol is None:
-        torch.save(content | lightning("ar"), path)
+    make, called = HARM[harm]
+    content = {"state_dict": {}, "hyper_parameters": make(target)}
+    if form.startswith("pickle"):
+        path.write_bytes(pickle.dumps(content, int(form[-1])))
+        called = "" if form == "pickle 4" else called  # 4 is refused before that
     else:
-        path.write_bytes(pickle.dumps(content, protocol))
+        if form == "folder":
+            (tmp_path / "folder").mkdir()
+            (tmp_path / "folder" / "config.json").write_text('{"n_heads": 4}')
+            path = tmp_path / "folder" / "pytorch_model.bin"
+        torch.save(content | lightning("ar"), path, _use_new_zipfile_serialization=form != "legacy")
+    given = path.parent if form == "folder" else path
     # the message names the file and what it would have called, and says how to keep the weights
-    called = "" if protocol == 4 else r"GLOBAL io\.open.*"  # 4 is refused before that
-    with pytest.raises(ValueError, match=rf"bad\.ckpt holds more than weights.*{called}'state_dict', 'ema'"):
-        read_checkpoint(path)
+    with pytest.raises(ValueError, match=rf"{path.name} holds more than weights.*{called}.*'state_dict', 'ema'"):
+        read_checkpoint(given)
     with pytest.raises(ValueError, match="holds more than weights"):
-        main(f"--checkpoint {path} --kind ar --num_heads 4 --out {tmp_path / 'out'}".split())
+        main(f"--checkpoint {given} --kind ar --num_heads 4 --out {tmp_path / 'out'}".split())
     assert not target.exists() and not (tmp_path / "out").exists()
-    torch.load(path, weights_only=False) if protocol is None else pickle.loads(path.read_bytes())
+    pickle.loads(path.read_bytes()) if form.startswith("pickle") else torch.load(path, weights_only=False)
     assert target.exists()  # the file could have done harm
+
+
+def install(patched: pytest.MonkeyPatch, name: str, thing=None):
+    """Something of a package that is not here, by default a class, where pickle finds it by its name."""
+    package, _, last = name.rpartition(".")
+    for module in (package.partition(".")[0], package):
+        patched.setitem(sys.modules, module, sys.modules.get(module) or types.ModuleType(module))
+    thing = type(last, (), {}) if thing is None else thing
+    thing.__module__, thing.__qualname__ = package, last
+    patched.setattr(sys.modules[package], last, thing, raising=False)
+    return thing
+
+
+def test_a_class_of_an_unknown_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        thing = install(patched, "nowhere.at_all.Thing")()
+        torch.save(lightning("ar") | {"hyper_parameters": {"config": thing}}, tmp_path / "a.ckpt")
+        with pytest.raises(ValueError, match=r"a\.ckpt holds more than weights.*GLOBAL nowhere\.at_all\.Thing"):
+            read_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"a\.ckpt holds more than weights.*GLOBAL nowhere\.at_all\.Thing"):
+        read_checkpoint(tmp_path / "a.ckpt")
+
+
+def hyper_parameters(patched: pytest.MonkeyPatch, tokenizer, **settings) -> dict:
+    """What the published code lets Lightning save of its arguments: an omegaconf tree, and the tokenizer."""
+    container, node, metadata = (
+        install(patched, f"omegaconf.{name}") for name in ("dictconfig.DictConfig", "nodes.AnyNode", "base.Metadata")
+    )
+
+    def tree(value, parent=None):
+        made = (container if isinstance(value, dict) else node)()
+        made._metadata, made._parent = metadata(), parent
+        vars(made._metadata).update(
+            ref_type=typing.Any, object_type=dict, key=None, optional=True, resolver_cache=defaultdict(dict)
+        )
+        if isinstance(value, dict):
+            made._content = {name: tree(child, made) for name, child in value.items()}
+        else:
+            made._val = value
+        return made
+
+    return {"config": tree(settings), "tokenizer": tokenizer}
+
+
+def test_the_arguments_in_a_lightning_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Published files hold them, as objects: they are read without their packages, and nothing of them is run."""
+    target, path = tmp_path / "made", tmp_path / "a.ckpt"
+    tokenizer = AutoTokenizer.from_pretrained(gpt2_folder(tmp_path / "gpt2"))
+
+    def touch(place):
+        Path(place).touch()
+
+    harmful = install(monkeypatch, "transformers.harmful.touch", touch)  # stays importable
+    with monkeypatch.context() as patched:
+        model = {"n_heads": HEADS, "length": 32, "name": "small"}
+        arguments = hyper_parameters(patched, tokenizer, model=model, time_conditioning=True)
+        arguments["callback"] = Malicious(harmful, str(target))
+        torch.save(lightning("denoiser") | {"hyper_parameters": arguments}, path)
+    assert "omegaconf" not in sys.modules
+    main(f"--checkpoint {path} --kind denoiser --out {tmp_path / 'out'}".split())
+    model = EDLMForMaskedLM.from_pretrained(tmp_path / "out")
+    assert_same(model, converted("denoiser"))
+    assert model.config.time_conditioning and model.config.max_position_embeddings == 32
+    with pytest.raises(ValueError, match=r"a\.ckpt says n_heads=4, the model has 8|num_heads=8 needs"):
+        main(f"--checkpoint {path} --kind denoiser --num_heads 8 --out {tmp_path / 'other'}".split())
+    assert not target.exists()
+    pickle.loads(pickle.dumps(Malicious(harmful, str(target))))
+    assert target.exists()
+
+
+def test_arguments_that_say_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for arguments in ({}, {"model": {}}, {"model": {"n_heads": "${other.place}"}}, {"model": "small"}):
+        with monkeypatch.context() as patched:
+            saved = {"hyper_parameters": hyper_parameters(patched, None, **arguments)}
+            torch.save(lightning("ar") | saved, tmp_path / "a.ckpt")
+        with pytest.raises(SystemExit):
+            main(f"--checkpoint {tmp_path / 'a.ckpt'} --kind ar --out {tmp_path / 'out'}".split())
+        assert "--num_heads must be given" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt", "a.bin"])
@@ -442,10 +556,26 @@ def test_files_that_are_missing_or_hold_something_else(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "list.pt")
 
 
+def gpt2_folder(folder: Path, size: int = 127) -> str:
+    """A tokenizer in the files of the one that published models read: byte-level BPE, <|endoftext|> last, no mask."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    text = pyarrow.parquet.read_table(Path(__file__).parent / "fixtures" / "wiki27-sample.parquet")["text"][0].as_py()
+    backend.train_from_iterator([text], trainers.BpeTrainer(vocab_size=size - 1, show_progress=False))
+    folder.mkdir()
+    backend.model.save(str(folder))
+    vocabulary = json.loads((folder / "vocab.json").read_text()) | {"<|endoftext|>": size - 1}
+    assert len(vocabulary) == size
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    return str(folder)
+
+
 def tokenizer_folder(folder: Path, size: int = 127, **special) -> str:
     """A tokenizer of `size` words, which has no mask token unless `special` names one."""
     backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="w1", **special).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=backend, **{"bos_token": "w1"} | special).save_pretrained(folder)
     return str(folder)
 
 
@@ -456,18 +586,25 @@ import torch, transformers
 folder, name, inputs = sys.argv[1], sys.argv[2], torch.load(sys.argv[3])
 model = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True)
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-assert tokenizer.mask_token_id == model.config.mask_token_id == 127 and model.config.bos_token_id == 1
+assert tokenizer.mask_token_id == model.config.mask_token_id == 127 and tokenizer.mask_token == "[MASK]"
+assert tokenizer.bos_token_id == model.config.bos_token_id == 126
+assert tokenizer.decode(tokenizer("the city of", return_tensors="pt").input_ids[0]) == "the city of"
 with torch.no_grad():
-    result = model(**inputs).logits
-if name == "AutoModel":
-    sequences = model.generate(max_length=16, batch_size=2, num_steps=4, seed=0)
+    result = {"logits": model(**inputs["forward"]).logits}
+    if model.config.energy_type == "nce" and name == "AutoModel":
+        result["energy"] = model.energy(inputs["x0"], inputs["xt"])
+if name == "AutoModelForCausalLM":
+    sequences = model.generate(max_new_tokens=15, do_sample=True, num_return_sequences=2, pad_token_id=0)
+    assert sequences.shape == (2, 16), sequences
+elif name != "AutoModelForSequenceClassification":
+    sequences = model.generate(max_length=16, batch_size=2, num_steps=4, num_candidates=2, seed=0)
     assert sequences.shape == (2, 16) and (sequences != 127).all(), sequences
 torch.save(result, sys.argv[4])
 """
 
 
-def remote(folder: Path, auto_class: str, inputs: dict, tmp_path: Path) -> torch.Tensor:
-    """The logits that a process without this package gets from the folder's own code."""
+def remote(folder: Path, auto_class: str, inputs: dict, tmp_path: Path) -> dict[str, torch.Tensor]:
+    """The numbers that a process without this package gets from the folder's own code; it generates text too."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir(exist_ok=True)
     torch.save(inputs, elsewhere / "in.pt")
@@ -486,21 +623,32 @@ def remote(folder: Path, auto_class: str, inputs: dict, tmp_path: Path) -> torch
         ("denoiser", "AutoModelForMaskedLM", "logits"),
         ("ar", "AutoModelForCausalLM", "ar_logits"),
         ("nce", "AutoModelForSequenceClassification", "energy_nce_x0"),
+        ("edlm", "AutoModel", "logits"),
     ],
 )
 def test_command_line_to_remote_code(kind: str, auto_class: str, quantity: str, tmp_path: Path) -> None:
-    torch.save(lightning(kind), tmp_path / "official.ckpt")
+    """From a checkpoint as Lightning writes it, and GPT-2's tokenizer files, to the published numbers."""
+    torch.save(lightning("nce" if kind == "edlm" else kind), tmp_path / "official.ckpt")
     folder, e = tmp_path / "converted", published()
     command = f"--checkpoint {tmp_path / 'official.ckpt'} --kind {kind} --num_heads 4 --out {folder}"
-    command += f" --tokenizer {tokenizer_folder(tmp_path / 'tokenizer')} --max_position_embeddings 32"
+    command += f" --tokenizer {gpt2_folder(tmp_path / 'gpt2')} --max_position_embeddings 32"
     main(command.split())
-    assert_same(KINDS[kind].from_pretrained(folder), converted(kind))
+    if kind == "edlm":
+        model = EDLMModel.from_pretrained(folder)
+        assert_same(model.denoiser, converted("denoiser"))
+        assert_same(model.energy_model, converted("nce"))
+    else:
+        assert_same(KINDS[kind].from_pretrained(folder), converted(kind))
     assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == 32
     assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob(".*"))
 
-    inputs = {"nce": {"input_ids": e["x0"], "xt": e["xt"]}, "ar": {"input_ids": e["x0"]}}
-    logits = remote(folder, auto_class, inputs.get(kind, {"input_ids": e["xt"]}), tmp_path)
-    torch.testing.assert_close(logits.view_as(e[quantity]), e[quantity], **MANIFEST["suggested_tolerance"])
+    forward = {"nce": {"input_ids": e["x0"], "xt": e["xt"]}, "ar": {"input_ids": e["x0"]}}
+    inputs = {"forward": forward.get(kind, {"input_ids": e["xt"]}), "x0": e["x0"], "xt": e["xt"]}
+    result = remote(folder, auto_class, inputs, tmp_path)
+    torch.testing.assert_close(result["logits"].view_as(e[quantity]), e[quantity], **MANIFEST["suggested_tolerance"])
+    assert ("energy" in result) == (kind == "edlm")
+    if kind == "edlm":
+        torch.testing.assert_close(result["energy"], e["energy_nce_x0"], **MANIFEST["suggested_tolerance"])
     with pytest.raises(ValueError, match="not an empty folder"):
         main(command.split())
 
@@ -519,19 +667,120 @@ def test_composed_edlm_to_a_folder_and_back(tmp_path: Path) -> None:
     assert_same(EDLMModel.from_pretrained(tmp_path / "edlm"), model)
 
 
-def test_a_folder_of_published_remote_code(tmp_path: Path) -> None:
-    folder = tmp_path / "mdlm"
+# config.json of kuleshov-group/mdlm-owt, its sizes those of the fixture
+MDLM = {"architectures": ["MDLM"], "model_type": "mdlm", "return_dict": False, "dropout": 0.1, "cond_dim": 32}
+MDLM |= {"auto_map": {"AutoConfig": "configuration_mdlm.MDLMConfig", "AutoModelForMaskedLM": "modeling_mdlm.MDLM"}}
+MDLM |= {"vocab_size": 128, "hidden_dim": 64, "n_blocks": 2, "n_heads": 4, "model_length": 32}
+MDLM |= {"time_conditioning": False, "torch_dtype": "float32", "transformers_version": "4.38.2"}
+
+
+def published_folder(folder: Path, weights: str, **changes) -> str:
+    """A folder of MDLM's remote code: `weights` names its file, or the index of two that share them."""
     folder.mkdir()
-    save_file(prefixed("backbone.", "denoiser"), folder / "model.safetensors")
-    config = {"model_type": "mdlm", "n_heads": 4, "model_length": 32, "time_conditioning": True}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(MDLM | changes))
+    (folder / "modeling_mdlm.py").write_text("raise RuntimeError('this code must not run')")
+    state = prefixed("backbone.", "denoiser")
+    save = save_file if "safetensors" in weights else torch.save
+    parts = {weights: list(state)}
+    if weights.endswith(".index.json"):
+        stem, suffix = weights.removesuffix(".index.json").split(".")
+        parts = {f"{stem}-0000{i + 1}-of-00002.{suffix}": list(state)[i::2] for i in range(2)}
+        places = {key: name for name, keys in parts.items() for key in keys}
+        (folder / weights).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    for name, keys in parts.items():
+        save({key: state[key] for key in keys}, folder / name)
+    return str(folder)
+
+
+WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_folder_of_published_remote_code(tmp_path: Path, weights: str) -> None:
+    folder = published_folder(tmp_path / "mdlm", weights)
     main(f"--checkpoint {folder} --kind denoiser --out {tmp_path / 'ours'}".split())
     model = EDLMForMaskedLM.from_pretrained(tmp_path / "ours")
     assert_same(model, converted("denoiser"))
-    assert model.config.time_conditioning and model.config.max_position_embeddings == 32
+    assert not model.config.time_conditioning and model.config.max_position_embeddings == 32
     with torch.no_grad():
-        logits = model(published()["xt"], t=time_of(published()["sigma"])).logits
+        logits = model(published()["xt"]).logits
+    torch.testing.assert_close(logits, published()["logits"], **MANIFEST["suggested_tolerance"])
+
+
+def test_a_folder_with_time_conditioning(tmp_path: Path) -> None:
+    folder = published_folder(tmp_path / "mdlm", "model.safetensors", time_conditioning=True)
+    main(f"--checkpoint {folder} --kind denoiser --out {tmp_path / 'ours'}".split())
+    with torch.no_grad():
+        logits = EDLMForMaskedLM.from_pretrained(tmp_path / "ours")(
+            published()["xt"], t=time_of(published()["sigma"])
+        ).logits
     torch.testing.assert_close(logits, published()["logits_sigma"], **MANIFEST["suggested_tolerance"])
+
+
+@pytest.mark.parametrize(
+    "changes, arguments, message",
+    [
+        ({"n_blocks": 3}, "", "says n_blocks=3, the model has 2"),
+        ({"hidden_dim": 768}, "", "says hidden_dim=768, the model has 64"),
+        ({"vocab_size": 127}, "", "says vocab_size=127, the model has 128"),
+        ({"n_heads": 8}, "", "num_heads=8 needs 4 frequencies"),
+        ({"n_heads": 8}, "--num_heads 4", "says n_heads=8, the model has 4"),
+    ],
+)
+def test_a_configuration_that_does_not_fit(tmp_path: Path, changes: dict, arguments: str, message: str) -> None:
+    folder = published_folder(tmp_path / "mdlm", "model.safetensors", **changes)
+    with pytest.raises(ValueError, match=message):
+        main(f"--checkpoint {folder} --kind denoiser --out {tmp_path / 'ours'} {arguments}".split())
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_part_of_the_weights_is_missing(tmp_path: Path) -> None:
+    folder = published_folder(tmp_path / "mdlm", "model.safetensors.index.json")
+    (Path(folder) / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no such file: .*model-00002-of-00002.safetensors"):
+        main(f"--checkpoint {folder} --kind denoiser --out {tmp_path / 'ours'}".split())
+
+
+def test_a_repo_of_published_remote_code(tmp_path: Path) -> None:
+    """Its weights and configuration are downloaded, of the revision asked for, and nothing else."""
+    script = "import sys; from modeling_edlm.convert_checkpoint import main; [main(a.split()) for a in sys.argv[1:]]"
+    with FakeHub() as hub:
+        repo = hub.repos["models/kuleshov-group/mdlm-owt"] = Repo(private=False)
+        for branch, weights in (("main", "model.safetensors"), ("old", "pytorch_model.bin.index.json")):
+            folder = Path(published_folder(tmp_path / branch, weights, time_conditioning=branch == "old"))
+            files = {file.name: file.read_bytes() for file in folder.iterdir()}
+            if branch == "main":  # the same weights, as a pickle of older times
+                files["pytorch_model.bin"] = b"not needed where there are safetensors"
+            repo.commit(branch, files)
+        commands = [
+            f"--checkpoint kuleshov-group/mdlm-owt --kind denoiser --out {tmp_path / 'ours-main'}",
+            f"--checkpoint kuleshov-group/mdlm-owt --revision old --kind denoiser --out {tmp_path / 'ours-old'}",
+        ]
+        done = subprocess.run(
+            [sys.executable, "-c", script, *commands],
+            cwd=Path(__file__).parents[1],
+            env=hub.environment(tmp_path / "home"),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+        )
+        assert done.returncode == 0, done.stderr.decode()
+    for branch in ("main", "old"):
+        model = EDLMForMaskedLM.from_pretrained(tmp_path / f"ours-{branch}")
+        assert_same(model, converted("denoiser"))
+        assert model.config.time_conditioning == (branch == "old")
+    fetched = {file.name for file in (tmp_path / "home" / "hub").glob("models--kuleshov-group--mdlm-owt/snapshots/*/*")}
+    parts = {f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)}
+    assert fetched == {"config.json", "model.safetensors", "pytorch_model.bin.index.json"} | parts
+
+
+def test_the_first_token_of_a_tokenizer_with_cls(tmp_path: Path) -> None:
+    """The published code lets the texts of BERT's tokenizer begin with [CLS]; its mask is one of its own tokens."""
+    folder = tokenizer_folder(tmp_path / "bert", 128, bos_token=None, cls_token="w7", mask_token="w9")
+    save_file(tensors("ar"), tmp_path / "ar.safetensors")
+    command = f"--checkpoint {tmp_path / 'ar.safetensors'} --kind ar --num_heads 4 --tokenizer {folder}"
+    main(f"{command} --out {tmp_path / 'out'}".split())
+    config = EDLMForCausalLM.from_pretrained(tmp_path / "out").config
+    assert (config.bos_token_id, config.mask_token_id, config.vocab_size) == (7, 9, 128)
 
 
 def test_command_line_errors(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -540,6 +789,11 @@ def test_command_line_errors(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     with pytest.raises(SystemExit):
         main(command.split())
     assert "--num_heads must be given" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(f"{command} --revision main".split())
+    assert "--revision is that of a Hub repo" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="no such file: .*none.ckpt"):  # a file's name is no repo's
+        main(f"--checkpoint runs/none.ckpt --kind ar --out {tmp_path / 'out'}".split())
     small = tokenizer_folder(tmp_path / "small", 126)
     with pytest.raises(ValueError, match="tokenizer has 127 tokens, the model 128"):
         main(f"{command} --num_heads 4 --tokenizer {small}".split())

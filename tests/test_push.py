@@ -1,6 +1,5 @@
-"""hub_cards/push.py against a stand-in for the Hub: one commit or none, the right files, and what it refuses."""
+"""`python -m hub_cards.push` against a stand-in for the Hub: the right files in one commit or none, and what it refuses."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -8,13 +7,19 @@ import sys
 import time
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 from fake_hub import INITIAL, FakeHub
 from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
+from toy import make_toy
 
-SCRIPT = Path(__file__).parents[1] / "hub_cards" / "push.py"
+from hub_cards import push, upload
+from hub_cards.assemble import generate_code, model_code
+from modeling_edlm.configuration_edlm import AUTO_MAP, CUSTOM_PIPELINES
+
+ROOT = Path(__file__).parents[1]
 REPO, BASE = "user/edlm-tiny", "user/edlm-base"
+TOKEN = "hf_" + "s3cretS3cret" * 3
 CARD = "---\nlicense: apache-2.0\ntags:\n- edlm\n---\n\n# Tiny\n"
 ADAPTER_CARD = f"""---
 library_name: peft
@@ -26,34 +31,22 @@ tags:
 
 # An adapter
 """
-MODEL_FILES = {
-    "README.md": CARD,
-    "config.json": json.dumps(
-        {
-            "architectures": ["EDLMModel"],
-            "auto_map": {"AutoModel": "modeling_edlm.EDLMModel", "AutoModelForCausalLM": "modeling_edlm.Other"},
-            "custom_pipelines": {"text-generation": {"impl": "pipeline_edlm.Pipe", "pt": ["AutoModel"]}},
-        }
-    ),
-    "modeling_edlm.py": "pass\n",
-    "pipeline_edlm.py": "pass\n",
-    "custom_generate/generate.py": "pass\n",
-    "model.safetensors": "weights",
-    "ar/model.safetensors": "more weights",
-    "empty.txt": "",
-}
 ADAPTER_FILES = {
     "README.md": ADAPTER_CARD,
     "adapter_config.json": json.dumps({"r": 4, "base_model_name_or_path": BASE}),
     "adapter_model.safetensors": "lora",
     "energy_config.json": json.dumps({"energy": {"energy_target": "xs"}, "base_model_name_or_path": BASE}),
 }
+SPACE_FILES = {
+    "README.md": "---\ntitle: Tiny\nsdk: gradio\napp_file: app.py\n---\n",
+    "app.py": "import gradio\n",
+    "a.safetensors": "large",
+    "b.safetensors": "larger",
+    "empty.txt": "",
+}
 LEFTOVERS = ("checkpoint.safetensors", "metrics.jsonl", "model.safetensors.1.tmp", "tokens/a.npy", ".git/HEAD", ".env")
-LEFTOVERS += ("__pycache__/a.pyc", "ar/checkpoint.safetensors", ".cache/huggingface/x.lock")
-
-spec = importlib.util.spec_from_file_location("push", SCRIPT)
-push = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(push)
+LEFTOVERS += ("__pycache__/a.pyc", "ar/checkpoint.safetensors", ".cache/huggingface/x.lock", "optimizer.pt")
+LEFTOVERS += ("optimizer.safetensors", "checkpoint-50/model.safetensors", "random_states_0.pkl", "x/.env", "scheduler.pt")
 
 
 def write(folder: Path, files: dict) -> Path:
@@ -71,9 +64,20 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def paths(folder: Path) -> dict[str, Path]:
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    return write(tmp_path / "model", MODEL_FILES)
+    """Of any kind: what is uploaded is not looked at."""
+    return write(tmp_path / "space", SPACE_FILES)
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    make_toy(length=8).save_pretrained(tmp_path / "model")
+    return write(tmp_path / "model", {"README.md": CARD})
 
 
 @pytest.fixture
@@ -81,113 +85,200 @@ def adapter(tmp_path) -> Path:
     return write(tmp_path / "adapter", ADAPTER_FILES)
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client waits 23 seconds in all, between attempts
-    with FakeHub() as hub:
-        yield hub
+# ---- one commit or none
 
 
-def publish(hub: FakeHub, folder: Path, base=None, private=False, branch="main"):
-    api = HfApi(endpoint=hub.endpoint, token="hf_fake")
-    return push.push(api, push.prepare(folder, base), REPO, private, branch, "a message")
+def publish(hub: FakeHub, folder: Path, **options):
+    return upload.upload(HfApi(endpoint=hub.endpoint, token="hf_fake"), paths(folder), REPO, **options)
 
 
-def test_one_commit_with_the_files_of_the_folder_and_no_others(hub, folder):
-    write(folder, dict.fromkeys(LEFTOVERS, "not for the world"))
-    commit = publish(hub, folder)
-    assert hub.files(REPO) == INITIAL | as_bytes(MODEL_FILES)
-    assert hub.seen.count("commit") == 1 and commit.oid == hub.sha(REPO) and commit.oid in commit.commit_url
+def test_one_commit_with_these_files_and_no_others(hub, folder):
+    done = publish(hub, folder)
+    assert hub.files(REPO) == INITIAL | as_bytes(SPACE_FILES)
+    assert hub.seen.count("commit") == 1 and done.oid == hub.sha(REPO) and done.oid in done.url
     # again: nothing to do
-    assert publish(hub, folder).oid == commit.oid and hub.seen.count("commit") == 1
+    assert publish(hub, folder).oid == done.oid and hub.seen.count("commit") == 1
     # what the folder no longer has goes, in the same commit; the old revision stays as it was
-    (folder / "ar" / "model.safetensors").rename(folder / "model-2.safetensors")
-    write(folder, {"modeling_edlm.py": "pass  # new\n"})
+    (folder / "b.safetensors").rename(folder / "c.safetensors")
+    write(folder, {"app.py": "import gradio  # new\n"})
     own = INITIAL | {".eval_results/a.yaml": b"the Hub's own"}
     hub.repo(REPO).commit("main", hub.files(REPO) | own)
     publish(hub, folder)
-    expected = as_bytes(MODEL_FILES) | {"modeling_edlm.py": b"pass  # new\n", "model-2.safetensors": b"more weights"}
-    del expected["ar/model.safetensors"]
-    assert hub.files(REPO) == own | expected and hub.seen.count("commit") == 2
-    assert hub.files(REPO, commit.oid) == INITIAL | as_bytes(MODEL_FILES)
+    assert hub.files(REPO) == own | contents(folder) and hub.seen.count("commit") == 2
+    assert hub.files(REPO, done.oid) == INITIAL | as_bytes(SPACE_FILES)
 
 
-@pytest.mark.parametrize("route", ["preupload", "put", "verify", "commit"])
-def test_a_push_that_breaks_off_leaves_the_old_revision_whole(hub, folder, route):
+FAULTS = {  # what fails, whether the push recovers by itself, else what the user reads, and seconds that are waited
+    "create, bad token": ("create", {"status": 401, "text": "Invalid credentials"}, "Invalid credentials"),
+    "create, forbidden": ("create", {"status": 403, "text": "You have no rights to this namespace"}, "no rights"),
+    "commit, forbidden": ("commit", {"status": 403, "text": "Your token cannot write"}, "cannot write"),
+    "preupload, repo gone": ("preupload", {"status": 404, "code": "RepoNotFound"}, "RepositoryNotFoundError"),
+    "commit, conflict": ("commit", {"status": 409, "text": "another operation"}, "another operation"),
+    "commit, stale": ("commit", {"status": 412, "text": "A commit has happened since"}, "A commit has happened since"),
+    "commit, too many": ("commit", {"status": 429, "headers": {"Retry-After": "7"}, "times": 1}, None),
+    "commit, far too many": ("commit", {"status": 429, "headers": {"Retry-After": "3600"}}, "429"),
+    "create, busy": ("create", {"status": 503, "times": 2}, None),
+    "info, busy": ("info", {"status": 503, "times": 1}, None),
+    "commit, busy": ("commit", {"status": 503, "times": 3}, None),
+    "commit, down": ("commit", {"status": 503}, "503"),
+    "commit, dropped once": ("commit", {"times": 1}, None),
+    "commit, dropped": ("commit", {}, "disconnected"),
+    "commit, only the answer lost": ("commit", {"status": 503, "times": 1, "done": True}, None),
+    "commit, only the answer dropped": ("commit", {"times": 1, "done": True}, None),
+    "preupload, dropped": ("preupload", {}, "disconnected"),
+    "batch, busy": ("batch", {"status": 503, "times": 1}, None),
+    "second file, busy": ("put", {"status": 503, "after": 1, "times": 1}, None),
+    "second file, down": ("put", {"status": 503, "after": 1}, "Error while uploading"),
+    "second file, cut": ("put", {"cut": 3, "after": 1}, "Error while uploading"),
+    "second file, cut once": ("put", {"cut": 3, "after": 1, "times": 1}, None),
+    "verify, down": ("verify", {"status": 503}, "Error while uploading"),
+    "download, busy": ("tree", {"status": 503, "times": 1}, None),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_every_fault_leaves_a_whole_revision(hub, folder, name):
+    """The old one until the commit, the new one after it; a second push completes."""
+    route, fault, message = FAULTS[name]
     old = publish(hub, folder).oid
-    write(folder, {"model.safetensors": "new weights", "new.safetensors": "second", "config.json": "{}"})
-    hub.fail_at = route
-    with pytest.raises(Exception, match="disconnected|Error while uploading"):
-        publish(hub, folder)
-    assert hub.seen[-1] == route
-    assert hub.sha(REPO) == old and hub.files(REPO) == INITIAL | as_bytes(MODEL_FILES)
-    hub.fail_at = None
-    new = publish(hub, folder).oid
+    write(folder, {"a.safetensors": "new weights", "b.safetensors": "second", "app.py": "new"})
+    hub.fail(route, **fault)
+    if message is None:
+        new = publish(hub, folder).oid
+        assert hub.seen.count("commit") <= 6
+    else:
+        with pytest.raises(Exception, match=message) as error:
+            publish(hub, folder)
+        assert "hf_fake" not in str(error.value)
+        assert hub.sha(REPO) == old and hub.files(REPO) == INITIAL | as_bytes(SPACE_FILES)
+        hub.heal()
+        new = publish(hub, folder).oid
     assert hub.sha(REPO) == new != old and hub.files(REPO) == INITIAL | contents(folder)
+    assert list(hub.repo(REPO).commits)[-2:] == [old, new]  # once, even where only the answer was lost
+
+
+def test_waiting_is_bounded_and_as_long_as_the_hub_asks(hub, folder, monkeypatch):
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    for fault, expected in (
+        ({"status": 429, "headers": {"Retry-After": "7"}, "times": 2}, [7, 7]),
+        ({"status": 429, "headers": {"ratelimit": '"api";r=0;t=55'}, "times": 1}, [55]),
+        ({"status": 503, "times": 4}, [1, 2, 4, 8]),
+        ({"status": 503}, [1, 2, 4, 8, 16]),
+        ({"status": 429, "headers": {"Retry-After": "3600"}}, []),
+        ({"status": 400}, []),
+    ):
+        waited.clear()
+        write(folder, {"app.py": f"{fault}"})
+        hub.fail("commit", **fault)
+        try:
+            publish(hub, folder)
+        except Exception:
+            assert "times" not in fault
+        hub.heal()
+        assert waited == expected
 
 
 def test_a_first_push_that_breaks_off_shows_nothing(hub, folder):
-    hub.fail_at = "commit"
-    with pytest.raises(Exception, match="disconnected"):
+    hub.fail("commit", 403)
+    with pytest.raises(Exception, match="403"):
         publish(hub, folder)
     assert hub.files(REPO) == INITIAL
-    hub.fail_at = None
+    hub.heal()
     publish(hub, folder)
-    assert hub.files(REPO) == INITIAL | as_bytes(MODEL_FILES)
+    assert hub.files(REPO) == INITIAL | as_bytes(SPACE_FILES)
 
 
 def test_two_pushes_do_not_mix(hub, folder, monkeypatch):
+    """Nor does another's commit pass for ours, whose answer was lost."""
     publish(hub, folder)
-    write(folder, {"model.safetensors": "mine"})
+    write(folder, {"a.safetensors": "mine"})
     create_commit = HfApi.create_commit
 
     def late(api, *args, **kwargs):
-        hub.repo(REPO).commit("main", {"model.safetensors": b"theirs"})
+        if hub.files(REPO).keys() != {"a.safetensors"}:
+            hub.repo(REPO).commit("main", {"a.safetensors": b"theirs"})
         return create_commit(api, *args, **kwargs)
 
     monkeypatch.setattr(HfApi, "create_commit", late)
-    with pytest.raises(Exception, match="A commit has happened since"):
+    for fault in ({"after": 9}, {"status": 503, "times": 1}):
+        hub.fail("commit", **fault)
+        with pytest.raises(Exception, match="A commit has happened since"):
+            publish(hub, folder)
+        assert hub.files(REPO) == {"a.safetensors": b"theirs"}
+
+
+def test_what_came_back_is_compared(hub, folder, monkeypatch):
+    verify = upload.verify
+
+    def damaged(api, files, repo, kind, oid):
+        hub.repo(REPO).commits[oid]["a.safetensors"] = b"lArge"
+        verify(api, files, repo, kind, oid)
+
+    monkeypatch.setattr(upload, "verify", damaged)
+    with pytest.raises(RuntimeError, match="a.safetensors of user/edlm-tiny at .* is not the file that was sent"):
         publish(hub, folder)
-    assert hub.files(REPO) == {"model.safetensors": b"theirs"}
 
 
-def test_what_is_pushed_comes_back_byte_for_byte(hub, folder, tmp_path):
-    first = publish(hub, folder).oid
-    write(folder, {"model.safetensors": "new weights"})
-    publish(hub, folder)
-    api = HfApi(endpoint=hub.endpoint, token=False)
-    for revision, weights in ((None, "new weights"), (first, "weights")):
-        there = api.snapshot_download(REPO, revision=revision, cache_dir=tmp_path / "cache")
-        assert contents(Path(there)) == INITIAL | as_bytes(MODEL_FILES | {"model.safetensors": weights})
-
-
-def test_a_branch(hub, folder):
-    main = publish(hub, folder).oid
-    write(folder, {"model.safetensors": "seed 2"})
+def test_a_branch_a_tag_and_a_proposal(hub, folder):
+    main = publish(hub, folder, tag="v1").oid
+    write(folder, {"a.safetensors": "seed 2"})
     branch = publish(hub, folder, branch="seed-2").oid
-    assert hub.sha(REPO) == main and hub.sha(REPO, "seed-2") == branch
+    assert hub.sha(REPO) == hub.sha(REPO, "v1") == main and hub.sha(REPO, "seed-2") == branch
     assert hub.files(REPO, "seed-2") == INITIAL | contents(folder)
-    assert publish(hub, folder, branch="seed-2").oid == branch
+    with pytest.raises(ValueError, match="--tag v1 exists in user/edlm-tiny and has other files: a.safetensors"):
+        publish(hub, folder, tag="v1")
+    proposed = publish(hub, folder, create_pr=True)
+    assert hub.sha(REPO) == main and proposed.pr_url.endswith(f"{REPO}/discussions/1")
+    assert hub.files(REPO, "refs/pr/1") == INITIAL | contents(folder) and hub.sha(REPO, "refs/pr/1") == proposed.oid
+    # the tag alone failed: the same command makes it
+    hub.fail("tag", 503)
+    with pytest.raises(Exception, match="503"):
+        publish(hub, folder, tag="v2")
+    hub.heal()
+    assert publish(hub, folder, tag="v2").oid == hub.sha(REPO, "v2") == publish(hub, folder, tag="v2").oid
 
 
 def test_private_is_private(hub, folder):
     publish(hub, folder, private=True)
-    with pytest.raises(huggingface_hub.errors.RepositoryNotFoundError):
+    with pytest.raises(RepositoryNotFoundError):
         HfApi(endpoint=hub.endpoint, token=False).repo_info(REPO)
     publish(hub, folder, private=True)
     hub.repo(REPO).private = False
     sha = hub.sha(REPO)
-    write(folder, {"model.safetensors": "a secret"})
+    write(folder, {"a.safetensors": "a secret"})
     with pytest.raises(ValueError, match=f"--private, but --repo {REPO} exists and is public"):
         publish(hub, folder, private=True)
     assert hub.sha(REPO) == sha
 
 
+# ---- what is published
+
+
+def stage(folder: Path, target: Path, repo_type="model", base=None) -> tuple[dict[str, bytes], str]:
+    files, kind = push.stage(folder, target / folder.name, REPO, repo_type, base)
+    assert files == paths(target / folder.name)
+    return contents(target / folder.name), kind
+
+
+def test_a_model_gets_its_code(model, tmp_path):
+    """Whatever copies lie beside it; and nothing that is not for the world."""
+    write(model, dict.fromkeys(LEFTOVERS, "not for the world") | {"stale.py": "", "custom_generate/stale.py": ""})
+    config = json.loads((model / "config.json").read_text())
+    config |= {"auto_map": {"AutoModel": "someone/else--modeling_edlm.EDLMModel"}, "custom_pipelines": {}}
+    write(model, {"config.json": json.dumps(config)})
+    before = contents(model)
+    files, kind = stage(model, tmp_path / "staged")
+    assert contents(model) == before and kind == "model"
+    code = model_code() | {f"custom_generate/{name}": content for name, content in generate_code().items()}
+    own = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    assert files.keys() == code.keys() | own and all(files[name] == content for name, content in code.items())
+    config = json.loads(files["config.json"])
+    assert config["auto_map"] == AUTO_MAP and config["custom_pipelines"] == CUSTOM_PIPELINES
+
+
 @pytest.mark.parametrize("local", ["/home/me/runs/base", "runs/energy/model", "adapter/here", "base", "./base", None])
-def test_the_base_of_an_adapter_is_named_for_others(hub, adapter, monkeypatch, local):
+def test_the_base_of_an_adapter_is_named_for_others(adapter, tmp_path, monkeypatch, local):
     monkeypatch.chdir(adapter.parent)
     (adapter / "here").mkdir()  # adapter/here has the form of a repo's name
     for name in ("adapter_config.json", "energy_config.json"):
@@ -196,79 +287,179 @@ def test_the_base_of_an_adapter_is_named_for_others(hub, adapter, monkeypatch, l
     write(adapter, {"README.md": ADAPTER_CARD.replace(BASE, str(local))})
     before = contents(adapter)
     with pytest.raises(ValueError, match=rf"adapter_config.json has base_model_name_or_path {local!r}.*--base USER/"):
-        push.prepare(adapter)
-    publish(hub, adapter, base=BASE)
-    files = hub.files(REPO)
-    assert files.keys() == {*INITIAL, *ADAPTER_FILES} and files["README.md"].decode() == ADAPTER_CARD
+        stage(adapter, tmp_path / "refused")
+    files, kind = stage(adapter, tmp_path / "staged", base=BASE)
+    assert kind == "adapter" and files.keys() == ADAPTER_FILES.keys() and files["README.md"].decode() == ADAPTER_CARD
     for name in ("adapter_config.json", "energy_config.json"):
         assert json.loads(files[name]) == json.loads(ADAPTER_FILES[name])
     assert contents(adapter) == before
 
 
 @pytest.mark.parametrize("name", sorted(ADAPTER_FILES.keys() - {"adapter_model.safetensors"}))
-def test_every_place_that_names_the_base_counts(adapter, name):
+def test_every_place_that_names_the_base_counts(adapter, tmp_path, name):
     write(adapter, {name: ADAPTER_FILES[name].replace(BASE, "/home/me/base")})
     with pytest.raises(ValueError, match=f"{name} has base_model.* '/home/me/base', which is no Hub repo"):
-        push.prepare(adapter)
+        stage(adapter, tmp_path / "staged")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.safetensors": None}, "no weights"),
+        ({"model.safetensors": None, "checkpoint.safetensors": "of training"}, "no weights"),
+        ({"config.json": None}, "no config.json or adapter_config.json"),
+        ({"generation_config.json": None}, "no generation_config.json in it"),
+        ({"config.json": '{"model_type": "bert"}'}, "not of an EDLM: model_type is 'bert'"),
+        *(({name: "x"}, f"{name}: pickled") for name in ("a.bin", "b.pt", "ar/c.pth", "d.ckpt", "e.pkl", "F.PT")),
+        ({"config.json": "{"}, "config.json cannot be parsed"),
+        ({"notes.txt": f"my token is {TOKEN}"}, "notes.txt holds an access token"),
+        ({"notes.txt": "my token is hf_fake"}, "notes.txt holds an access token"),
+    ],
+)
+def test_mistakes_are_refused_by_name(model, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setenv("HF_TOKEN", "hf_fake")
+    for name in (name for name, content in changes.items() if content is None):
+        (model / name).unlink()
+    write(model, {name: content for name, content in changes.items() if content is not None})
+    with pytest.raises(ValueError, match=message):
+        stage(model, tmp_path / "staged")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"README.md": None}, "no README.md"),
-        ({"model.safetensors": None}, "no weights"),
-        ({"model.safetensors": None, "checkpoint.safetensors": "of training"}, "no weights"),
-        ({"config.json": None}, "no config.json or adapter_config.json"),
-        *(({f"{name}_edlm.py": None}, f"no {name}_edlm.py in it.*assemble.py") for name in ("modeling", "pipeline")),
-        *(({name: "x"}, f"{name}: pickled") for name in ("a.bin", "b.pt", "ar/c.pth", "d.ckpt", "e.pkl", "F.PT")),
         ({"README.md": "---\ntags: [edlm\n---\n"}, "front matter of README.md cannot be parsed"),
         ({"README.md": "---\n- edlm\n---\n"}, "front matter of README.md cannot be parsed"),
         ({"README.md": "---\ntags: edlm\n# Tiny\n"}, "front matter of README.md cannot be parsed"),
-        ({"config.json": "{"}, "config.json cannot be parsed"),
-        (dict.fromkeys(MODEL_FILES), "nothing to publish"),
+        ({"README.md": CARD}, "must name sdk: gradio and as app_file"),
+        ({"app.py": None}, "must name sdk: gradio and as app_file"),
+        ({"app.py": "def f(:"}, "app.py cannot be compiled"),
+        (dict.fromkeys(SPACE_FILES), "nothing to publish"),
     ],
 )
-def test_mistakes_are_refused_by_name(folder, monkeypatch, capsys, changes, message):
+def test_mistakes_of_a_space_are_refused_by_name(folder, tmp_path, changes, message):
     for name in (name for name, content in changes.items() if content is None):
         (folder / name).unlink()
     write(folder, {name: content for name, content in changes.items() if content is not None})
-    refused(monkeypatch, capsys, f"--folder {folder}: .*{message}", "--folder", folder, "--repo", REPO)
+    with pytest.raises(ValueError, match=message):
+        stage(folder, tmp_path / "staged", "space")
 
 
-def refused(monkeypatch, capsys, message: str, *arguments):
-    """No network is asked: a refusal comes before."""
-    monkeypatch.setattr(push, "HfApi", None)
-    monkeypatch.setattr(sys, "argv", ["push.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        push.main()
-    assert stopped.value.code == 2
-    assert re.search(message, capsys.readouterr().err)
+def test_nothing_from_outside_the_folder(folder, tmp_path):
+    secret = write(tmp_path, {"secret.txt": "mine"}) / "secret.txt"
+    (folder / "inside.txt").symlink_to(folder / "app.py")
+    assert stage(folder, tmp_path / "staged", "space")[0]["inside.txt"] == b"import gradio\n"
+    for target in (secret, tmp_path):
+        (folder / "link").symlink_to(target)
+        with pytest.raises(ValueError, match="link is a link to something outside of it"):
+            stage(folder, tmp_path / "refused", "space")
+        (folder / "link").unlink()
+
+
+def test_a_metric_and_rows(tmp_path):
+    metric = ROOT / "hub_cards" / "metrics" / "token_entropy"
+    files, kind = stage(metric, tmp_path / "staged", "space")
+    assert kind == "metric" and files["metrics.py"] == (ROOT / "training" / "metrics.py").read_bytes()
+    rows = write(tmp_path / "rows", {"README.md": CARD, "train.jsonl": '{"text": "a"}\n'})
+    assert stage(rows, tmp_path / "staged", "dataset")[1] == "dataset"
+    (rows / "train.jsonl").unlink()
+    with pytest.raises(ValueError, match="no rows"):
+        stage(rows, tmp_path / "refused", "dataset")
+
+
+# ---- the command
+
+
+@pytest.fixture
+def run(hub, tmp_path):
+    """The real client in a process of its own, that does not wait between attempts. No token is in what it writes."""
+    write(tmp_path / "site", {"sitecustomize.py": "import time\ntime.sleep = lambda seconds: None\n"})
+    hub.tokens[TOKEN] = "write"
+    environment = hub.environment(tmp_path / "home") | {"HF_TOKEN": TOKEN, "PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}"}
+
+    def run(*arguments, **changes):
+        command = [sys.executable, "-m", "hub_cards.push", *map(str, arguments)]
+        options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "cwd": tmp_path}
+        return subprocess.run(command, env=environment | changes, **options)
+
+    return run
+
+
+def test_the_command_publishes_what_it_has_tried(hub, run, model):
+    done = run("--folder", model, "--repo", REPO, "--dry-run")
+    assert done.returncode == 0 and done.stdout.endswith("nothing was uploaded\n"), done.stderr
+    assert "model.safetensors" in done.stdout and "MiB  in" in done.stdout or "KiB  in" in done.stdout
+    assert "as others would use it: generated [" in done.stdout and not hub.repos
+    done = run("--folder", model, "--repo", REPO, "--private", "--tag", "v1")
+    assert done.returncode == 0, done.stderr
+    assert f"published: {hub.endpoint}/{REPO}/commit/{hub.sha(REPO)}" in done.stdout
+    assert f'AutoModel.from_pretrained("{REPO}", revision="{hub.sha(REPO)}", trust_remote' in done.stdout
+    assert hub.repo(REPO).private and hub.sha(REPO, "v1") == hub.sha(REPO)
+    write(model, {"model.safetensors": "not weights"})
+    before = hub.sha(REPO)
+    done = run("--folder", model, "--repo", REPO)
+    assert done.returncode == 2 and "it cannot be used as it would be published" in done.stderr
+    assert hub.sha(REPO) == before
+
+
+IN_A_PROCESS = ("create, bad token", "commit, far too many", "commit, down", "second file, cut", "second file, busy")
+
+
+@pytest.mark.parametrize("name", IN_A_PROCESS)
+def test_the_command_and_faults(hub, run, folder, tmp_path, name):
+    """Old files in any case, no traceback, no token anywhere; and the same command completes."""
+    route, fault, message = FAULTS[name]
+    command = ("--folder", folder, "--repo", REPO, "--space")
+    assert run(*command).returncode == 0 and hub.repos[f"spaces/{REPO}"].sdk == "gradio"
+    old = hub.files(f"spaces/{REPO}")
+    write(folder, {"a.safetensors": "new", "b.safetensors": "second"})
+    hub.fail(route, **fault)
+    done = run(*command)
+    written = done.stdout + done.stderr
+    if message is not None:
+        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+        assert f"The push to {REPO} did not finish. What is there is whole" in done.stderr
+        assert hub.files(f"spaces/{REPO}") == old
+        hub.heal()
+        done = run(*command)
+        written += done.stdout + done.stderr
+    assert done.returncode == 0 and hub.files(f"spaces/{REPO}") == INITIAL | contents(folder)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    everything = [written.encode(), *(path.read_bytes() for path in files), *hub.files(f"spaces/{REPO}").values()]
+    assert not [text for text in everything if TOKEN.encode() in text]
+
+
+def test_tokens_that_do_not_suffice(hub, run, folder):
+    hub.tokens["hf_reader"] = "read"
+    for token, message in (("hf_nobody", "Invalid"), ("hf_reader", "403")):
+        done = run("--folder", folder, "--repo", REPO, "--space", HF_TOKEN=token)
+        assert done.returncode == 1 and message in done.stderr and token not in done.stdout + done.stderr
+    assert not hub.repos
 
 
 def test_wrong_arguments_are_refused_by_name(folder, monkeypatch, capsys):
-    refused(monkeypatch, capsys, "--folder nowhere: there is no such", "--folder", "nowhere", "--repo", REPO)
-    refused(monkeypatch, capsys, "--repo edlm: must", "--folder", folder, "--repo", "edlm")
-    refused(monkeypatch, capsys, "--base ./me/x: must", "--folder", folder, "--repo", REPO, "--base", "./me/x")
+    """No network is asked: a refusal comes before."""
+    monkeypatch.setattr(push, "HfApi", None)
+    for message, *arguments in (
+        ("--folder nowhere: there is no such", "--folder", "nowhere", "--repo", REPO),
+        ("--repo edlm: must", "--folder", folder, "--repo", "edlm"),
+        ("--base ./me/x: must", "--folder", folder, "--repo", REPO, "--base", "./me/x"),
+        ("--tag v1: is for", "--folder", folder, "--repo", REPO, "--tag", "v1", "--create-pr"),
+        ("not allowed with", "--folder", folder, "--repo", REPO, "--space", "--dataset"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            push.main([str(argument) for argument in arguments])
+        assert stopped.value.code == 2 and re.search(message, capsys.readouterr().err)
 
 
-def run(hub: FakeHub, home: Path, *arguments):
-    command = [sys.executable, SCRIPT, *map(str, arguments)]
-    return subprocess.run(command, env=hub.environment(home), capture_output=True, text=True, stdin=subprocess.DEVNULL)
+def test_how_to_load(model, adapter, tmp_path):
+    def line(kind, files=None):
+        return push.how_to_load(files or {}, kind, REPO, "abc")
+
+    assert line("model") == f'AutoModel.from_pretrained("{REPO}", revision="abc", trust_remote_code=True)'
+    assert line("causal").startswith("AutoModelForCausalLM.from_pretrained(")
+    assert line("adapter", paths(adapter)).endswith(f'("{BASE}", trust_remote_code=True).load_energy("{REPO}", revision="abc")')
+    assert 'repo_type="space"' in line("space") and line("dataset").startswith("datasets.load_dataset(")
 
 
-def test_the_command_line(hub, adapter, tmp_path):
-    done = run(hub, tmp_path, "--folder", adapter, "--repo", REPO, "--private", "--base", "user/other")
-    assert done.returncode == 0, done.stderr
-    assert f"{hub.endpoint}/{REPO}/commit/{hub.sha(REPO)}" in done.stdout
-    assert f'EDLMModel.from_pretrained("user/other").load_energy("{REPO}")' in done.stdout
-    assert hub.repo(REPO).private and b"base_model: user/other" in hub.files(REPO)["README.md"]
-    hub.fail_at = "commit"
-    done = run(hub, tmp_path, "--folder", adapter, "--repo", REPO)
-    assert done.returncode == 1 and f"The push to {REPO} did not finish" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_how_to_load(folder, adapter):
-    line = push.how_to_load(push.prepare(folder), REPO, "seed-2")
-    assert line == f'AutoModel.from_pretrained("{REPO}", revision="seed-2", trust_remote_code=True)'
-    assert push.how_to_load(push.prepare(adapter), REPO, "main").endswith(f'("{BASE}").load_energy("{REPO}")')

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from toy import MASK, completions, log_mu, make_toy
 
+from hub_cards import cards
 from modeling_edlm import EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
 from training import compose, pretrain, report, train_energy
 from training.contrast import LOSSES, contrast, energies, step_times
@@ -224,12 +225,16 @@ def test_report_and_card(trained, tmp_path):
     assert results["samplers"][0]["energy_nfe"] == 0 < results["samplers"][1]["energy_nfe"] <= 4
     assert results["training"]["denoiser"]["tokens"] == 6 * 4 * 32
     assert "--init_from" in results["training"]["denoiser"]["command"]
-    script = Path(__file__).parents[1] / "hub_cards" / "make_card.py"
-    subprocess.run([sys.executable, script, tmp_path / "results" / "edlm-tiny.json"], check=True)
+    cards.main([str(folder)])
     card = (folder / "README.md").read_text()
     bits = results["training"]["ar"]["last_evaluation"]["validation_bits_per_token"]
     assert f"**{bits:.3f}**" in card and results["samples"]["EDLM"][2] in card
-    assert card.startswith("---\nlanguage: en") and "{{" not in card and "{%" not in card
+    assert card.startswith("---\nlibrary_name: transformers") and "{{" not in card and "{%" not in card
+    assert "wiki27" not in card.replace(Path(DATA).name, "") and f"`{Path(DATA).name}`" in card
+    files = cards.published(folder, "user/tiny")
+    assert files["results/edlm-tiny.json"] == (tmp_path / "results" / "edlm-tiny.json").read_bytes()
+    assert b"](https://huggingface.co/user/tiny/blob/main/results/edlm-tiny.json)" in files["README.md"]
+    assert b'from_pretrained("user/tiny"' in files["README.md"] and b"this folder" not in files["README.md"]
 
 
 def test_the_losses_are_what_they_are_called(trained):

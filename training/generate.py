@@ -11,7 +11,8 @@ kernels may sum in another order for another batch size).
 Each process of each start appends to a file of its own in the folder `<out>.parts/`, which all must see, and nobody
 appends to it later. So a kill costs the batch that was at work and tears one line at most. A new start, with any number
 of processes, makes the rows that are missing; batch_size, compile, device and num_threads may be others, what the rows
-depend on may not. The last act joins all rows in their order and gives the file its name.
+depend on may not. The last act joins all rows in their order and gives the file its name; beside samples.jsonl it puts
+samples.settings.yaml, which says what the rows depend on.
 
 The rows have the columns row, prompt (null for a free sample), text (the prompt included, special tokens left out),
 tokens (ids, all of the text), nfe, energy_nfe (passes of denoiser and energy) and seed.
@@ -37,6 +38,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
@@ -459,6 +461,9 @@ def finish(out: Path, parts: Parts, num_rows: int) -> None:
     index = parts.index()
     if missing := [row for row in range(num_rows) if row not in index]:
         raise ValueError(f"{parts.folder} lacks {len(missing)} rows, the first is {missing[0]}: were files removed?")
+    begun = json.loads((parts.folder / "arguments.json").read_text(encoding="utf-8"))
+    settings = {name: begun["arguments"][name] for name in ("model", "energy")} | begun["made_from"]
+    write_whole(out.with_suffix(".settings.yaml"), yaml.safe_dump(settings, sort_keys=False))
     write_whole(out, lambda path: write_rows(parts.lines(index), path, out.suffix))
     parts.remove()
 
