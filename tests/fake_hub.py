@@ -69,6 +69,8 @@ class Connection(H11Protocol):
     def connection_made(self, transport):
         super().connection_made(transport)
         self.app_state = {"transport": transport}  # becomes the state of each request
+        # Else the body of an answer, which is sent after its head, waits 40 ms for the client to acknowledge that.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 @dataclass
