@@ -73,7 +73,7 @@ def collect(folder: Path) -> dict[str, Path]:
 
 
 def stage(
-    folder: Path, target: Path, repo: str, repo_type: str, base: str | None = None
+    folder: Path, target: Path, repo: str, repo_type: str, base: str | None = None, benchmark: str | None = None
 ) -> tuple[dict[str, Path], str]:
     """Copy to the new folder `target` what is to be published, made whole, and say of what kind it is.
 
@@ -85,13 +85,12 @@ def stage(
     for name, path in collect(folder).items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target / name)
-    kind = {"model": stage_model, "space": stage_space, "dataset": stage_data_set}[repo_type](
-        folder, target, repo, base
-    )
+    write(target, cards.published(folder, repo, base, benchmark))
+    kind = STAGES[repo_type](target, base)
     return {path.relative_to(target).as_posix(): path for path in sorted(target.rglob("*")) if path.is_file()}, kind
 
 
-def stage_model(folder: Path, target: Path, repo: str, base: str | None) -> str:
+def stage_model(target: Path, base: str | None) -> str:
     if not list(target.glob("*.safetensors")):
         raise ValueError("there are no weights (*.safetensors) in it")
     if (target / ADAPTER).exists():
@@ -100,15 +99,14 @@ def stage_model(folder: Path, target: Path, repo: str, base: str | None) -> str:
         kind = stage_code(target)
     else:
         raise ValueError(f"there is no {MODEL} or {ADAPTER} in it")
-    if base is not None and kind not in ("adapter", "energy"):
-        raise ValueError(f"--base is for adapters and energies, and it holds a whole model ({kind})")
-    if base is not None:
-        for name in (ADAPTER, ENERGY):
-            if (target / name).exists():
-                write_json(target / name, read_json(target / name) | {BASE: base})
-    write(target, cards.published(folder, repo, base))
+    read_card(target / CARD)
     if kind in ("adapter", "energy"):
+        for name in (ADAPTER, ENERGY):
+            if base is not None and (target / name).exists():
+                write_json(target / name, read_json(target / name) | {BASE: base})
         check_base(target)
+    elif base is not None:
+        raise ValueError("--base is for adapters and energies, and it holds a whole model")
     return kind
 
 
@@ -151,9 +149,8 @@ def check_base(target: Path) -> None:
             )
 
 
-def stage_space(folder: Path, target: Path, repo: str, base: str | None) -> str:
-    write(target, cards.published(folder, repo))
-    is_metric = (target / f"{folder.name}.py").exists()
+def stage_space(target: Path, base: str | None) -> str:
+    is_metric = (target / f"{target.name}.py").exists()
     if is_metric:
         write(target, metric_code())
     data = read_card(target / CARD).data
@@ -167,11 +164,14 @@ def stage_space(folder: Path, target: Path, repo: str, base: str | None) -> str:
     return "metric" if is_metric else "space"
 
 
-def stage_data_set(folder: Path, target: Path, repo: str, base: str | None) -> str:
+def stage_data_set(target: Path, base: str | None) -> str:
     if not [path for path in target.rglob("*") if path.suffix in ROWS]:
         raise ValueError(f"there are no rows ({', '.join(ROWS)}) in it")
-    write(target, cards.published(folder, repo))
+    read_card(target / CARD)
     return "dataset"
+
+
+STAGES = {"model": stage_model, "space": stage_space, "dataset": stage_data_set}
 
 
 def write(target: Path, files: dict[str, bytes]) -> None:
@@ -267,6 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, help in (("space", "a Gradio app, or a metric"), ("dataset", "rows of training/generate.py, or others")):
         types.add_argument(f"--{name}", dest="type", action="store_const", const=name, default="model", help=help)
     parser.add_argument("--base", metavar="USER/NAME", help="of an adapter or energy: the repo of its base")
+    parser.add_argument("--benchmark", metavar="USER/NAME", help="a benchmark's data set: .eval_results for its board")
     parser.add_argument("--dry-run", action="store_true", help="do everything but upload")
     parser.add_argument("--private", action="store_true", help="make the repo a private one")
     parser.add_argument("--revision", default="main", metavar="BRANCH", help="made from main if there is none")
@@ -275,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--message", help="of the commit; default: Upload and the folder's name")
     arguments = parser.parse_args(argv)
     repo = arguments.repo
-    for name, value in (("--repo", repo), ("--base", arguments.base)):
+    for name, value in (("--repo", repo), ("--base", arguments.base), ("--benchmark", arguments.benchmark)):
         if value is not None and not is_repo_id(value):
             parser.error(f"{name} {value}: must have the form USER/NAME")
     if arguments.tag and arguments.create_pr:
@@ -284,7 +285,9 @@ def main(argv: list[str] | None = None) -> None:
     folder = arguments.folder.resolve()
     with tempfile.TemporaryDirectory() as temporary:
         try:
-            files, kind = stage(folder, Path(temporary) / folder.name, repo, arguments.type, arguments.base)
+            files, kind = stage(
+                folder, Path(temporary) / folder.name, repo, arguments.type, arguments.base, arguments.benchmark
+            )
             for name, path in files.items():
                 print(f"{size(path.stat().st_size):>12}  {name}")
             print(f"{size(sum(path.stat().st_size for path in files.values())):>12}  in {len(files)} files")
