@@ -205,11 +205,9 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         with safe_globals([(Inert, name) for name in inert]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # the restricted unpickler meets damaged files with many kinds of errors
-        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0].partition(". Please")[0]
+        reason = str(error.__context__ or error).partition("\n")[0].partition(". Please")[0]  # torch's has more advice
         raise ValueError(
-            f"{path} holds more than weights, or is damaged, and was not unpickled ({type(error).__name__}: {reason}). "
-            "If you trust its origin, keep the weights alone, on a machine with the packages it was made with: "
-            "c = torch.load(FILE, weights_only=False); torch.save({k: c[k] for k in ('state_dict', 'ema')}, NEW_FILE)"
+            f"{path} holds more than weights, or is damaged, and was not unpickled ({type(error).__name__}: {reason})"
         ) from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold a dictionary, got {type(content).__name__}")

@@ -36,7 +36,8 @@ def api(hub) -> HfApi:
 @pytest.fixture(autouse=True)
 def no_traceback(caplog):
     yield
-    assert [record.message for record in caplog.records if record.name.startswith(("uvicorn", "asyncio"))] == []
+    records = caplog.get_records("call")
+    assert [record.message for record in records if record.name.startswith(("uvicorn", "asyncio"))] == []
 
 
 def commit(api: HfApi, files: dict[str, bytes], repo: str = REPO, **options):
@@ -147,7 +148,7 @@ def test_listings(hub, api):
 
 
 def test_a_commit_also_deletes(hub, api):
-    commit(api, FILES)
+    first = commit(api, FILES).oid
     gone = [CommitOperationDelete("ar/"), CommitOperationDelete("config.json")]
     api.create_commit(REPO, gone, commit_message="less")
     assert hub.files(REPO).keys() == {*INITIAL, *FILES} - {"ar/model.safetensors", "config.json"}
@@ -155,6 +156,7 @@ def test_a_commit_also_deletes(hub, api):
         gone = [CommitOperationAdd("new.txt", b"new"), CommitOperationDelete(path)]
         refusal(404, api.create_commit, REPO, gone, commit_message="nothing", error=RemoteEntryNotFoundError)
     assert "new.txt" not in hub.files(REPO)  # all of a commit or nothing
+    assert commit(api, FILES).oid != first and hub.files(REPO) == hub.files(REPO, first)
 
 
 def test_a_commit_that_the_hub_refuses(hub, api, monkeypatch):
@@ -306,6 +308,15 @@ def test_an_upload_is_cut(hub, api):
     hub.fail("put", cut=1000, times=1)
     commit(api, {"model.safetensors": LFS["model.safetensors"]})  # the client tries again
     assert statuses(hub, "PUT", "/lfs/") == [None, None, 200] and len(hub.blobs) == 1
+
+
+def test_a_damaged_upload_is_refused(hub):
+    oid = sha256(b"weights")
+    assert request(hub, "PUT", f"/lfs/{oid}", b"weightz").status == 400 and hub.blobs == {}
+    assert request(hub, "PUT", f"/lfs/{oid}", b"weights").status == 200
+    for size, status in ((6, 404), (7, 200)):
+        said = json.dumps({"oid": oid, "size": size})
+        assert request(hub, "POST", f"/lfs/{oid}", said, Authorization=f"Bearer {TOKEN}").status == status
 
 
 def test_a_download_is_cut_and_resumed(hub, api, tmp_path, monkeypatch):
