@@ -95,7 +95,8 @@ class Fault:
 class FakeHub:
     """Attributes: endpoint; tokens: the roles ("write" or "read") of the tokens that are valid; seen: the names of all
     routes so far that were asked for; log: (method, path, status) of all requests so far, the status None where the
-    connection was closed without an answer or amid it; blobs: the LFS files that were uploaded, by SHA-256."""
+    connection was closed without an answer or amid it; blobs: the LFS files that were uploaded, by SHA-256; repos: by
+    models/user/name, datasets/user/name or spaces/user/name; storage: the address of the LFS files' host."""
 
     def __init__(self):
         self.repos, self.blobs, self.tokens = {}, {}, {TOKEN: "write"}

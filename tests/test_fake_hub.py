@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import huggingface_hub
@@ -40,15 +41,16 @@ def no_traceback(caplog):
     assert [record.message for record in records if record.name.startswith(("uvicorn", "asyncio"))] == []
 
 
-def commit(api: HfApi, files: dict[str, bytes], repo: str = REPO, **options):
+def commit(api: HfApi, files: dict[str, bytes], **options):
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-    return api.create_commit(repo, operations, commit_message="a title", commit_description="and more", **options)
+    return api.create_commit(REPO, operations, commit_message="a title", commit_description="and more", **options)
 
 
-def request(hub: FakeHub, method: str, path: str, body=None, **headers) -> http.client.HTTPResponse:
-    connection = http.client.HTTPConnection(hub.endpoint.removeprefix("http://"))
-    connection.request(method, path, body, headers)
-    return connection.getresponse()
+def request(hub: FakeHub, method: str, path: str, body=None, **headers) -> tuple[int, bytes]:
+    with closing(http.client.HTTPConnection(hub.endpoint.removeprefix("http://"))) as connection:
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        return response.status, response.read()
 
 
 def statuses(hub: FakeHub, method: str, start: str) -> list[int | None]:
@@ -78,7 +80,7 @@ def test_repos_come_and_go(hub, api):
     api.create_repo(REPO, repo_type="space", space_sdk="gradio")
     assert api.space_info(REPO).sdk == hub.repo(f"spaces/{REPO}").sdk == "gradio"
     space = json.dumps({"name": "x", "type": "space"})  # the client would not ask for one without SDK
-    assert request(hub, "POST", "/api/repos/create", space, Authorization=f"Bearer {TOKEN}").status == 400
+    assert request(hub, "POST", "/api/repos/create", space, Authorization=f"Bearer {TOKEN}")[0] == 400
 
 
 @pytest.mark.parametrize("kind", ["model", "dataset", "space"])
@@ -97,7 +99,7 @@ def test_what_is_uploaded_comes_back(hub, tmp_path, kind):
     assert hub.seen.count("put") == len(LFS) and hub.seen.count("commit") == 1
 
 
-def test_where_a_file_lies(hub, api):
+def test_where_a_file_lies(hub, api, tmp_path):
     sha = commit(api, FILES).oid
     found = {name: get_hf_file_metadata(hf_hub_url(REPO, name, endpoint=hub.endpoint)) for name in FILES}
     assert {name: (file.size, file.commit_hash) for name, file in found.items()} == {
@@ -108,16 +110,12 @@ def test_where_a_file_lies(hub, api):
     file = found["model.safetensors"]
     assert file.etag == sha256(FILES["model.safetensors"]) and not file.location.startswith(hub.endpoint)
     path = file.location.removeprefix(hub.storage)
-    part = request(hub, "GET", path, Range="bytes=10-19")
-    assert (part.status, part.headers["Content-Range"], part.read()) == (
-        206,
-        f"bytes 10-19/{1 << 20}",
-        bytes(range(10, 20)),
-    )
-    assert request(hub, "GET", path, Range=f"bytes={(1 << 20) - 3}-").read() == b"\xfd\xfe\xff"
-    assert request(hub, "GET", path, Range=f"bytes={1 << 20}-").status == 416
-    assert request(hub, "GET", path, Authorization=f"Bearer {TOKEN}").status == 400
-    error = refusal(404, api.hf_hub_download, REPO, "no.txt", error=RemoteEntryNotFoundError)
+    assert request(hub, "GET", path, Range="bytes=10-12") == (206, b"\x0a\x0b\x0c")
+    assert request(hub, "GET", path, Range=f"bytes={(1 << 20) - 3}-") == (206, b"\xfd\xfe\xff")
+    assert request(hub, "GET", path, Range=f"bytes={1 << 20}-")[0] == 416
+    assert request(hub, "GET", path, Authorization=f"Bearer {TOKEN}")[0] == 400
+    missing = {"filename": "no.txt", "cache_dir": tmp_path}
+    error = refusal(404, api.hf_hub_download, REPO, **missing, error=RemoteEntryNotFoundError)
     assert error.response.headers["X-Repo-Commit"] == sha
 
 
@@ -166,8 +164,9 @@ def test_a_commit_that_the_hub_refuses(hub, api, monkeypatch):
     for card in (b"---\ntags: [edlm\n---\n", b"---\n- edlm\n---\n", b"---\nlicense: 3\n---\n"):
         with pytest.raises(ValueError, match="Invalid metadata in README.md"):
             commit(api, {"README.md": card})
+    api.create_branch(REPO, branch="other")
     with pytest.warns(UserWarning, match="empty or missing"):
-        commit(api, {"README.md": b"# Tiny"}, revision=api.create_branch(REPO, branch="other") or "other")
+        commit(api, {"README.md": b"# Tiny"}, revision="other")
     refusal(404, commit, api, {"b.txt": b"b"}, revision="none", error=RevisionNotFoundError)
     api.create_tag(REPO, tag="v1")
     with pytest.raises(Exception, match="v1 is no branch"):
@@ -180,7 +179,7 @@ def test_a_commit_that_the_hub_refuses(hub, api, monkeypatch):
     assert hub.sha(REPO) == new and hub.files(REPO) == INITIAL | {"a.txt": b"a"}
 
 
-def test_a_pull_request_leaves_main_alone(hub, api):
+def test_a_pull_request_leaves_main_alone(hub, api, tmp_path):
     old = hub.sha(REPO)
     for number in (1, 2):
         made = commit(api, FILES, create_pr=True)
@@ -190,7 +189,8 @@ def test_a_pull_request_leaves_main_alone(hub, api):
     assert hub.sha(REPO) == old and hub.files(REPO) == INITIAL
     assert hub.files(REPO, "refs/pr/1") == INITIAL | FILES | {"more.txt": b"more"}
     assert api.list_repo_commits(REPO, revision="refs/pr/1")[0].commit_id == more.oid
-    assert Path(api.hf_hub_download(REPO, "more.txt", revision="refs/pr/1")).read_bytes() == b"more"
+    there = api.hf_hub_download(REPO, "more.txt", revision="refs/pr/1", cache_dir=tmp_path)
+    assert Path(there).read_bytes() == b"more"
     refs = api.list_repo_refs(REPO, include_pull_requests=True)
     assert [ref.ref for ref in refs.pull_requests] == ["refs/pr/1", "refs/pr/2"]
     assert [(ref.name, ref.target_commit) for ref in refs.branches] == [("main", old)]
@@ -220,7 +220,7 @@ def test_branches_and_tags(hub, api):
         refusal(404, api.repo_info, REPO, revision=revision, error=RevisionNotFoundError)
 
 
-def test_who_may_do_what(hub, api):
+def test_who_may_do_what(hub, api, tmp_path):
     hub.tokens["hf_read"] = "read"
     reader, nobody, stranger = (HfApi(endpoint=hub.endpoint, token=token) for token in ("hf_read", False, "hf_unknown"))
     assert [each.whoami()["auth"]["accessToken"]["role"] for each in (api, reader)] == ["write", "read"]
@@ -236,7 +236,7 @@ def test_who_may_do_what(hub, api):
     assert hub.repo(REPO).private and reader.repo_info(REPO).private and reader.repo_info(REPO).gated == "auto"
     for repo in (REPO, "user/none"):
         refusal(401, nobody.repo_info, repo, error=RepositoryNotFoundError)
-        refusal(401, nobody.hf_hub_download, repo, "a.txt", error=RepositoryNotFoundError)
+        refusal(401, nobody.hf_hub_download, repo, "a.txt", cache_dir=tmp_path, error=RepositoryNotFoundError)
     refusal(404, reader.repo_info, "user/none", error=RepositoryNotFoundError)
     api.create_repo("user/secret", private=True)
     assert hub.repo("user/secret").private and not nobody.repo_exists("user/secret")
@@ -312,11 +312,11 @@ def test_an_upload_is_cut(hub, api):
 
 def test_a_damaged_upload_is_refused(hub):
     oid = sha256(b"weights")
-    assert request(hub, "PUT", f"/lfs/{oid}", b"weightz").status == 400 and hub.blobs == {}
-    assert request(hub, "PUT", f"/lfs/{oid}", b"weights").status == 200
+    assert request(hub, "PUT", f"/lfs/{oid}", b"weightz")[0] == 400 and hub.blobs == {}
+    assert request(hub, "PUT", f"/lfs/{oid}", b"weights")[0] == 200
     for size, status in ((6, 404), (7, 200)):
         said = json.dumps({"oid": oid, "size": size})
-        assert request(hub, "POST", f"/lfs/{oid}", said, Authorization=f"Bearer {TOKEN}").status == status
+        assert request(hub, "POST", f"/lfs/{oid}", said, Authorization=f"Bearer {TOKEN}")[0] == status
 
 
 def test_a_download_is_cut_and_resumed(hub, api, tmp_path, monkeypatch):
@@ -332,7 +332,7 @@ def test_what_cannot_fail(hub):
         hub.fail("upload")
     with pytest.raises(ValueError, match="route 'commit' must be .*; for cut, "):
         hub.fail("commit", cut=3)
-    assert request(hub, "GET", "/api/nothing").status == 404 and hub.log == [("GET", "/api/nothing", 404)]
+    assert request(hub, "GET", "/api/nothing")[0] == 404 and hub.log == [("GET", "/api/nothing", 404)]
 
 
 def test_a_hanging_upload_does_not_hold_up_the_end():

@@ -395,13 +395,17 @@ def run(hub, tmp_path):
     return run
 
 
-def test_the_command_publishes_what_it_has_tried(hub, run, model):
-    done = run("--folder", model, "--repo", REPO, "--dry-run")
+def test_a_dry_run_asks_no_hub(hub, run, folder):
+    done = run("--folder", folder, "--repo", REPO, "--space", "--dry-run")
     assert done.returncode == 0 and done.stdout.endswith("nothing was uploaded\n"), done.stderr
-    assert "model.safetensors" in done.stdout and "MiB  in" in done.stdout or "KiB  in" in done.stdout
-    assert "as others would use it: generated [" in done.stdout and not hub.repos
+    assert "0.0 KiB  a.safetensors" in done.stdout and f"KiB  in {len(SPACE_FILES)} files" in done.stdout
+    assert not hub.log
+
+
+def test_the_command_publishes_what_it_has_tried(hub, run, model):
     done = run("--folder", model, "--repo", REPO, "--private", "--tag", "v1")
     assert done.returncode == 0, done.stderr
+    assert "as others would use it: generated [" in done.stdout
     assert f"published: {hub.endpoint}/{REPO}/commit/{hub.sha(REPO)}" in done.stdout
     assert f'AutoModel.from_pretrained("{REPO}", revision="{hub.sha(REPO)}", trust_remote' in done.stdout
     assert hub.repo(REPO).private and hub.sha(REPO, "v1") == hub.sha(REPO)
