@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import cached_file
 
+from .backbone import PLAIN
+
 BLOCKS = r"network\.backbone\.blocks\.\d+\.(attention\.qkv|attention\.out|fc1|fc2)"
 HEAD = ["network.projection", "network.head", "network.fc1", "network.fc2"]
 ENERGY_FIELDS = ("energy_target", "energy_pooling", "energy_num_layers")
@@ -97,6 +99,9 @@ def energy_fields(folder: Path, denoiser) -> dict:
     for name in BASE_FIELDS:
         if theirs[name] != getattr(denoiser.config, name):
             raise ValueError(f"{named} with {name}={theirs[name]}; this base has {getattr(denoiser.config, name)}")
+    for name, value in denoiser.named_parameters():
+        if type(value) not in PLAIN:
+            raise ValueError(f"{named}; {name} of this base is quantised or sharded ({type(value).__name__})")
     if theirs["sha256"] != (ours := checksum(denoiser)):
         raise ValueError(
             f"{named}, whose weights are others: checksum {theirs['sha256'][:12]}, this base has {ours[:12]} "

@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 CHUNK = 2**25  # entries of a (positions, vocabulary) table that exist at a time
+PLAIN = (torch.Tensor, nn.Parameter)  # weights that are neither quantised nor sharded
 
 
 # Both are of this thread: others go on as they were.
@@ -113,7 +114,7 @@ def _has_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and type(weight) in (torch.Tensor, nn.Parameter)  # not one that is quantised or sharded
+        and type(weight) in PLAIN
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
@@ -121,19 +122,19 @@ def _has_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-class Linear(nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
-
-
 def is_plain(layer: nn.Module) -> bool:
-    """Whether its weights are all that a linear layer does: no adapter, no other `forward`, no hook."""
+    """Whether its weights are all that a linear layer does: no adapter, other `forward` or hook, nothing quantised."""
     hooked = "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks
-    return type(layer) in (nn.Linear, Linear, ZeroLinear) and not hooked
+    return type(layer) in (nn.Linear, ZeroLinear) and type(layer.weight) in PLAIN and not hooked
 
 
-def linear_gelu(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return linear(x, layer.weight, layer.bias, gelu=True) if is_plain(layer) else _gelu(layer(x))
+def apply_linear(layer: nn.Module, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
+    """A linear layer of the model, by `linear` where that is all it does. It is torch's own class and has no `forward`
+    of ours, because quantisers take no other.
+    """
+    if is_plain(layer):
+        return linear(x, layer.weight, layer.bias, gelu)
+    return _gelu(layer(x)) if gelu else layer(x)
 
 
 class TimeEmbedding(nn.Module):
@@ -153,7 +154,7 @@ class TimeEmbedding(nn.Module):
         return self.fc2(nn.functional.silu(self.fc1(features)))
 
 
-class ZeroLinear(Linear):
+class ZeroLinear(nn.Linear):
     """A linear layer that starts at zero. A class of its own, because weights are initialised leaf by leaf."""
 
 
@@ -213,12 +214,12 @@ class Attention(nn.Module):
         self.layer_idx = layer_idx
         self.is_causal = is_causal
         self.head_dim = config.hidden_size // config.num_attention_heads
-        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
-        self.out = Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x_NLD, rotary, attention_mask=None, past_key_values=None, needed_NQ=None):
         N, L, D = x_NLD.shape
-        query, key, value = self.qkv(x_NLD).view(N, L, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        query, key, value = apply_linear(self.qkv, x_NLD).view(N, L, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
         query, key = rotate(query, *rotary), rotate(key, *rotary)
         if needed_NQ is not None:
             query = query.gather(2, needed_NQ[:, None, :, None].expand(-1, query.shape[1], -1, self.head_dim))
@@ -228,7 +229,7 @@ class Attention(nn.Module):
         y_NLHD, _ = attend(
             self, query, key, value, attention_mask, scaling=self.head_dim**-0.5, is_causal=self.is_causal and L > 1
         )
-        return self.out(y_NLHD.reshape(N, -1, D))
+        return apply_linear(self.out, y_NLHD.reshape(N, -1, D))
 
 
 class Block(GradientCheckpointingLayer):
@@ -237,8 +238,8 @@ class Block(GradientCheckpointingLayer):
         self.norm1 = AdaLayerNorm(config, num_gates=1)
         self.attention = Attention(config, is_causal, layer_idx)
         self.norm2 = AdaLayerNorm(config, num_gates=1)
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_NLD, cond_NC, rotary, attention_mask=None, past_key_values=None, needed_NQ=None):
@@ -251,7 +252,7 @@ class Block(GradientCheckpointingLayer):
             x_NLD = x_NLD.gather(1, index_NQD)
         x_NLD = add_gated(x_NLD, gate, y_NLD)
         y_NLD, gate = self.norm2(x_NLD, cond_NC)
-        y_NLD = self.fc2(linear_gelu(self.fc1, y_NLD))
+        y_NLD = apply_linear(self.fc2, apply_linear(self.fc1, y_NLD, gelu=True))
         x_NLD = add_gated(x_NLD, gate, self.dropout(y_NLD))
         return x_NLD if needed_NQ is None else whole_NLD.scatter(1, index_NQD, x_NLD.to(whole_NLD.dtype))
 
@@ -371,13 +372,13 @@ class Head(nn.Module):
     def __init__(self, config, out_features: int, zero: bool = True):
         super().__init__()
         self.norm = AdaLayerNorm(config, num_gates=0)
-        self.linear = (ZeroLinear if zero else Linear)(config.hidden_size, out_features)
+        self.linear = (ZeroLinear if zero else nn.Linear)(config.hidden_size, out_features)
 
     def forward(
         self, x_NLD: torch.Tensor, cond_NC: torch.Tensor | None = None, positions_M: torch.Tensor | None = None
     ) -> torch.Tensor:
         x = self.select(x_NLD, cond_NC, positions_M)
-        return self.linear(x) if positions_M is None else self.linear(pad_rows(x))[: len(x)]
+        return apply_linear(self.linear, x if positions_M is None else pad_rows(x))[: len(x)]
 
     def select(self, x_NLD, cond_NC=None, positions_M=None) -> torch.Tensor:
         """What the projection is given, (M, D), or (N, L, D) without positions."""

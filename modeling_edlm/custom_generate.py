@@ -28,7 +28,7 @@ from transformers import (
 
 from .backbone import position_chunks, suppress
 from .energy import causal_log_prob
-from .generation_edlm import EDLMGenerationConfig, EDLMGenerationMixin, EDLMGenerationOutput
+from .generation_edlm import EDLMGenerationConfig, EDLMGenerationMixin, EDLMGenerationOutput, own_config
 from .proposal import ProposalMixin
 
 # arguments of the library's generate() that mean something else, or nothing, here
@@ -46,7 +46,7 @@ USED = ("cache_dir", "force_download", "local_files_only", "proxies", "repo_type
 def generate(
     model: PreTrainedModel,
     inputs: torch.LongTensor | None = None,
-    generation_config: EDLMGenerationConfig | None = None,
+    generation_config: GenerationConfig | None = None,
     *,
     energy: nn.Module | Callable | str | None = None,
     energy_type: str | None = None,
@@ -64,7 +64,8 @@ def generate(
         model: `model(input_ids=, attention_mask=).logits` (N, L, V) are of the clean token at each position itself, not
             of the next one. Texts are put to the left of their padding before it sees them.
         inputs, input_ids: (N, L), one name or the other.
-        generation_config: an `EDLMGenerationConfig`; keyword arguments change single fields of it.
+        generation_config: an `EDLMGenerationConfig`, or the library's with no fields set but its; keyword arguments
+            change single fields.
         energy: None for plain masked diffusion (MDLM); a causal language model of the same vocabulary, whose texts
             start with its `config.bos_token_id`; an `EDLMEnergyModel`; or a function `(x (N, L), xt (N, L), t,
             attention_mask, log_mu (N,))` to energies (N,), low for what is good. Also the folder or Hub repo of a
@@ -97,18 +98,10 @@ def generate(
     elif energy_kwargs is not None:
         raise ValueError(f"energy_kwargs are for an energy that is a name, got {energy_kwargs}")
     sampler = Sampler(model, energy, energy_type, energy_target, mask_token_id, max_position_embeddings)
-    if generation_config is not None:
-        generation_config = own_config(generation_config)
-    if kwargs.get("compile", (generation_config or sampler.generation_config).compile):
+    generation_config = own_config(generation_config or sampler.generation_config)
+    if kwargs.get("compile", generation_config.compile):
         raise ValueError("compile=True compiles EDLM's own blocks, and not this model: call model.compile()")
     return sampler.generate(inputs if input_ids is None else input_ids, generation_config=generation_config, **kwargs)
-
-
-def own_config(config: GenerationConfig) -> EDLMGenerationConfig:
-    """The same in this file's class: a model of remote code, and the caller, may have a copy of it."""
-    if type(config).__name__ != EDLMGenerationConfig.__name__:
-        raise ValueError(f"generation_config must be an EDLMGenerationConfig, got {type(config).__name__}")
-    return EDLMGenerationConfig.from_dict(config.to_dict())
 
 
 def load_energy(path: str, **kwargs) -> PreTrainedModel:

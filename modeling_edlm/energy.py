@@ -8,7 +8,7 @@ Shapes: N rows, L length, D hidden size, V vocabulary, M selected positions (fla
 import torch
 from torch import nn
 
-from .backbone import Backbone, Head, Linear, ZeroLinear, position_chunks, suppress
+from .backbone import Backbone, Head, ZeroLinear, apply_linear, position_chunks, suppress
 from .vocabulary import log_prob_projected
 
 
@@ -71,7 +71,7 @@ class EnergyNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = Backbone(config, num_layers=config.energy_num_layers) if backbone is None else backbone
-        self.projection = Linear(2 * config.hidden_size, config.hidden_size)
+        self.projection = nn.Linear(2 * config.hidden_size, config.hidden_size)
         self.head = Head(config, config.hidden_size, zero=False)
         self.fc1 = nn.Linear(config.hidden_size, config.hidden_size)
         # starts at zero: an untrained energy leaves the proposal as it is
@@ -86,7 +86,7 @@ class EnergyNetwork(nn.Module):
     ) -> torch.Tensor:
         """Energies (N,) float32 of x_NL (x0, or xs with masks left) as a completion of xt_NL."""
         embed = self.backbone.embedding
-        joined_NLD = self.projection(torch.cat((embed(xt_NL), embed(x_NL)), dim=-1))
+        joined_NLD = apply_linear(self.projection, torch.cat((embed(xt_NL), embed(x_NL)), dim=-1))
         if self.config.energy_pooling == "mean":
             y_NLD = self.head(*self.backbone(inputs_embeds=joined_NLD, noise_N=noise_N, attention_mask=attention_mask))
             weight_NL = torch.ones_like(x_NL) if attention_mask is None else attention_mask

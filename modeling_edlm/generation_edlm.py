@@ -129,6 +129,17 @@ class EDLMGenerationConfig(GenerationConfig):
         raise NotImplementedError("masked diffusion has none of the autoregressive generation modes")
 
 
+def own_config(config: GenerationConfig) -> EDLMGenerationConfig:
+    """A copy in this file's class: the library reads generation_config.json into its own, and remote code has another
+    copy of this one. Raises ValueError for what is set there and is no argument here.
+    """
+    if isinstance(config, EDLMGenerationConfig):
+        return copy.deepcopy(config)
+    if not isinstance(config, GenerationConfig):
+        raise ValueError(f"generation_config must be a GenerationConfig, got {type(config).__name__}")
+    return EDLMGenerationConfig(**{name: value for name, value in config.to_dict().items() if value is not None})
+
+
 @dataclass
 class EDLMGenerationOutput(ModelOutput):
     """
@@ -156,7 +167,7 @@ class EDLMGenerationMixin:
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        generation_config: EDLMGenerationConfig | None = None,
+        generation_config: GenerationConfig | None = None,
         *,
         batch_size: int = 1,
         first_row: int = 0,
@@ -174,7 +185,8 @@ class EDLMGenerationMixin:
             input_ids: (B, L) prompts; tokens that are given never change. None: `batch_size` free samples.
             attention_mask: (B, L), 0 for padding on the left or the right of shorter prompts. New tokens follow each
                 prompt at once; padding on the right stays on the right.
-            generation_config: default `self.generation_config`; keyword arguments change single fields of it.
+            generation_config: of this class, or the library's with no fields set but these; default
+                `self.generation_config`. Keyword arguments change single fields of it.
             first_row: number of the first row, where this batch is one part of a larger one.
             seed: fixes each row by its number, whatever the batch. generator: a seed is drawn from it instead.
             logits_processor: called as in the library, `(input_ids, scores)` to scores (M, V), for the M positions
@@ -277,9 +289,7 @@ class EDLMGenerationMixin:
         return x_NKL, log_mu_NK
 
     def _prepare_config(self, generation_config, changes: dict) -> EDLMGenerationConfig:
-        config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
-        if not isinstance(config, EDLMGenerationConfig):
-            raise ValueError(f"generation_config must be an EDLMGenerationConfig, got {type(config).__name__}")
+        config = own_config(self.generation_config if generation_config is None else generation_config)
         if changes.get("max_length") or changes.get("max_new_tokens"):  # the caller's wish beats either default
             config.max_length = config.max_new_tokens = None
         allowed = config.__dict__.keys() - {"transformers_version", "bos_token_id"}

@@ -423,6 +423,9 @@ class EDLMModel(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMixin):
     def set_input_embeddings(self, value):
         self.denoiser.set_input_embeddings(value)
 
+    def get_output_embeddings(self):
+        return self.denoiser.get_output_embeddings()
+
     def forward(self, *args, **kwargs) -> MaskedLMOutput:
         """The denoiser's forward pass."""
         return self.denoiser(*args, **kwargs)

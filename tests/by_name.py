@@ -1,12 +1,15 @@
 """What a program gets that knows models by their names on the Hub alone: test_loading.py runs it as a process.
 
-    python -P tests/by_name.py FUNCTION ARGUMENTS RESULT    (ARGUMENTS in JSON; RESULT: the file for what it gives)
+    python -P tests/by_name.py '{"function": {arguments}, ...}' FILE
+
+FILE is for what they return and for the errors they end with, in JSON.
 
 Its imports are those of a clean environment, torch and transformers; what needs more imports it itself.
 """
 
 import json
 import sys
+import traceback
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -34,10 +37,6 @@ class Bert(BertForMaskedLM, GenerationMixin):
     """The library's masked models have no generate()."""
 
 
-def environment() -> dict:
-    return {"transformers": transformers.__version__, "installed": sorted(d.name.lower() for d in distributions())}
-
-
 def origin(thing) -> list[str]:
     return [type(thing).__name__, type(thing).__module__]
 
@@ -59,7 +58,7 @@ def everything(repo: str, light: str, bert: str, sample: dict, x: list, xt: list
     """Each Auto class, tokenizer, configurations and pipelines of a repo that has all of them."""
     tokenizer = AutoTokenizer.from_pretrained(repo)
     assert AutoTokenizer.from_pretrained(repo, **CODE).get_vocab() == tokenizer.get_vocab()
-    ids, x, xt = tokenizer("the c[MASK]ty", return_tensors="pt").input_ids, torch.tensor(x), torch.tensor(xt)
+    x, xt = torch.tensor(x), torch.tensor(xt)
     config = AutoConfig.from_pretrained(repo, **CODE)
     model = AutoModel.from_pretrained(repo, **CODE)
     denoiser = AutoModelForMaskedLM.from_pretrained(repo, **CODE)
@@ -75,8 +74,8 @@ def everything(repo: str, light: str, bert: str, sample: dict, x: list, xt: list
             "tokens of the denoiser": denoiser.generate(**sample).tolist(),
             "tokens of the AR model": ar.generate(max_new_tokens=9, do_sample=False).tolist(),
             "tokens in bfloat16": half.generate(**sample).tolist(),
-            "logits": denoiser(xt).logits[0].tolist(),
-            "logits of the AR model": ar(x).logits[0].tolist(),
+            "logits": denoiser(xt).logits.tolist(),
+            "logits of the AR model": ar(x).logits.tolist(),
             "energy": energy(x, xt=xt).logits[:, 0].tolist(),
             "energy within": model.energy(x, xt).tolist(),
             "light energy": AutoModel.from_pretrained(repo, **CODE).load_energy(light).energy(x, xt).tolist(),
@@ -84,11 +83,12 @@ def everything(repo: str, light: str, bert: str, sample: dict, x: list, xt: list
     energy_by_name = {"custom_generate": repo, "energy": repo, "energy_kwargs": CODE}
     other = Bert.from_pretrained(bert).generate(xt, **energy_by_name, **one(sample), **CODE)
     return result | {
+        "transformers": transformers.__version__,
+        "lacks": sorted({"accelerate", "peft", "edlm"} - {package.name.lower() for package in distributions()}),
         "config": {name: getattr(config, name) for name in ("model_type", "vocab_size", "energy_type", "auto_map")},
         "generation_config": [model.generation_config.num_steps, defaults.num_steps, list(defaults.energy_window)],
         "text": tokenizer.decode(tokenizer("The  City, in 1902").input_ids),
         "mask": [tokenizer.mask_token_id, tokenizer.model_max_length],
-        "ids": ids[0].tolist(),
         "written": write("the city", **one(sample))[0]["generated_text"],
         "filled": [answer["token"] for answer in fill("the c[MASK]ty")],
         "custom_generate": other.tolist(),
@@ -156,16 +156,51 @@ def lacking(base: str, adapter: str) -> list[str]:
 def placed(repo: str, sample: dict) -> dict:
     """By every way to say where the weights go."""
     result = {}
-    for name in ("auto", "cpu", {"": "cpu"}):
-        model = AutoModel.from_pretrained(repo, device_map=name, **CODE)
+    for name in ("auto", "cpu", {"": "cpu"}, {"denoiser": "cpu", "energy_model": "disk"}):
+        model = AutoModel.from_pretrained(repo, device_map=name, offload_folder="weights", **CODE)
         result[str(name)] = [model.generate(**sample).tolist(), sorted({str(p.device) for p in model.parameters()})]
     write = pipeline("text-generation", repo, device_map="auto", **CODE)
     return result | {"written": write("the city", **one(sample))[0]["generated_text"]}
 
 
+def quantised(repo: str, adapter: str, sample: dict, x: list, xt: list) -> dict:
+    """By torchao and bitsandbytes, and once more from a folder that was saved so."""
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    x, xt, result = torch.tensor(x), torch.tensor(xt), {}
+    for name, way in {
+        "torchao int8": TorchAoConfig(Int8WeightOnlyConfig()),
+        "bitsandbytes int8": BitsAndBytesConfig(load_in_8bit=True),
+        "bitsandbytes nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    }.items():
+        model = AutoModel.from_pretrained(repo, quantization_config=way, **CODE)
+        model.save_pretrained(name)
+        again = AutoModel.from_pretrained(name, **CODE)
+        blocks = [*model.denoiser.backbone.blocks, *model.energy_model.network.backbone.blocks]
+        layers = [layer for block in blocks for layer in block.modules() if isinstance(layer, torch.nn.Linear)]
+        with torch.no_grad():
+            result[name] = {
+                "weights": sorted({type(layer.weight).__name__ for layer in layers}),
+                "head": type(model.denoiser.head.linear.weight).__name__,
+                "logits": model(xt).logits.tolist(),
+                "energy": model.energy(x, xt).tolist(),
+                "tokens": model.generate(xt, **one(sample)).tolist(),
+                "saved": torch.equal(again.energy(x, xt), model.energy(x, xt)),
+            }
+        result[name]["adapter"] = refusal(model.load_energy, adapter)
+    return result
+
+
 def main() -> None:
-    name, arguments, result = sys.argv[1:]
-    Path(result).write_text(json.dumps(globals()[name](**json.loads(arguments))))
+    calls, result = sys.argv[1:]
+    found = {}
+    for name, arguments in json.loads(calls).items():
+        try:
+            found[name] = [globals()[name](**arguments), None]
+        except Exception:
+            found[name] = [None, traceback.format_exc()]
+    Path(result).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -207,7 +207,7 @@ SMALL = {"vocab_size": 12, "hidden_size": 16, "num_hidden_layers": 1, "num_atten
         ({"synced_gpus": True}, "synced_gpus is not supported"),
         ({"num_stepz": 3}, "no argument .*num_stepz"),
         ({"compile": True}, "compile=True"),
-        ({"generation_config": GenerationConfig(max_length=4)}, "must be an EDLMGener.*, got GenerationConfig"),
+        ({"generation_config": GenerationConfig(num_beams=4)}, "no argument .*num_beams"),
         ({"inputs": torch.ones(1, 2).long(), "input_ids": torch.ones(1, 2).long()}, "inputs or input_ids, not both"),
         ({"token_type_ids": torch.ones(1, 2)}, "token_type_ids must be zeros"),
         ({"mask_token_id": 12}, r"mask_token_id must lie in \[0, 12\), got 12"),

@@ -1,6 +1,6 @@
 """From text to a model that others load by its name: train, push, load where there is but torch and transformers.
 
-    python -m pytest tests/test_cycle.py -s    shows every command and what a user sees of it
+python -m pytest tests/test_cycle.py -s    shows every command and what a user sees of it
 """
 
 import shlex

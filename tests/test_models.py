@@ -16,7 +16,7 @@ from toy import MASK, make_toy
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_edlm import EDLMConfig, EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
-from modeling_edlm.backbone import Linear, linear_gelu
+from modeling_edlm.backbone import apply_linear
 from modeling_edlm.energy import nce_loss
 
 SMALL = {"vocab_size": 12, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "cond_dim": 4}
@@ -126,7 +126,7 @@ def test_products_without_gradients_are_the_same(cls, monkeypatch):
 @pytest.mark.parametrize("change", ["hook", "other forward", "bfloat16", "autocast", "subclass", "input's gradient"])
 def test_other_layers_are_called_as_they_are(change, monkeypatch):
     """What was changed about a layer (adapter, hook, quantised weight) must not be passed by."""
-    layer, x, seen = Linear(8, 8), torch.randn(2, 8), []
+    layer, x, seen = nn.Linear(8, 8), torch.randn(2, 8), []
     expected = nn.functional.gelu(layer(x), approximate="tanh").detach()
     monkeypatch.setattr(torch.ops, "mkldnn", None)  # no product of oneDNN is possible
     layer.requires_grad_(False)
@@ -142,7 +142,7 @@ def test_other_layers_are_called_as_they_are(change, monkeypatch):
     if change == "input's gradient":
         x.requires_grad_()
     with torch.autocast("cpu", enabled=change == "autocast"):
-        y = linear_gelu(layer, x)
+        y = apply_linear(layer, x, gelu=True)
     y = y.a if isinstance(y, TwoTensor) else y
     torch.testing.assert_close(y.float(), expected, atol=0.05, rtol=0)
     assert seen == ["called"] * (change in ("hook", "other forward")) and y.requires_grad == x.requires_grad
