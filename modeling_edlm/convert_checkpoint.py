@@ -40,7 +40,7 @@ NO_WEIGHTS += ("gen_ppl_metric.", "entropy_metric.", "time_metric.")
 ROTARY = "rotary_emb.inv_freq"
 SIZES = {"vocab_size": "vocab_size", "hidden_dim": "hidden_size"}  # by their names in a published config.json
 SIZES |= {"n_blocks": "num_hidden_layers", "n_heads": "num_attention_heads"}
-FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+FILES = tuple(f".{kind}" for kind in ("ckpt", "pt", "pth", "bin", "safetensors"))
 # Beside the weights a published Lightning checkpoint holds its configuration and its tokenizer, objects of these
 # packages. They are read as `Inert`: nothing here is imported or called. What other code a file names is refused.
 INERT_PACKAGES = ("omegaconf", "transformers", "tokenizers", "lightning", "pytorch_lightning")
