@@ -216,7 +216,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
 
 def download(repo: str, revision: str | None = None) -> Path:
     """A folder with the configuration and the weights of a Hub repo, safetensors where it has them, and no code."""
-    for pattern, index in (("model*.safetensors", SAFE_WEIGHTS_INDEX_NAME), ("pytorch_model*.bin", WEIGHTS_INDEX_NAME)):
+    for name, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+        pattern = name.replace(".", "*.")  # shards too
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=["config.json", pattern, index]))
         if any(folder.glob(pattern)):
             break
