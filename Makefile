@@ -15,14 +15,18 @@ PIP_INSTALL = $(PYTHON_VENV) $(PIP) constraints.txt
 # TORCH_INDEX is the choice of a CPU build; with an NVIDIA driver the default build is the right one.
 CPU_INDEX = $(if $(TORCH_INDEX),$(if $(shell command -v nvidia-smi),,--extra-index-url $(TORCH_INDEX)))
 
-.PHONY: demo test lint bench model clean
+.PHONY: demo test app lint bench model clean
 .DEFAULT_GOAL = test
 
 demo: .venv/.stamp-demo model
 	$(PYTHON_VENV) hub_cards/demo.py --model $(MODEL)
 
-test: .venv/.stamp-test .venv-oldest/.stamp model
+test: .venv/.stamp-test .venv/.stamp-chromium .venv-oldest/.stamp model
 	$(PYTHON_VENV) -m pytest tests -n auto --maxprocesses 8 --dist worksteal
+
+# The Space, at the address that it prints.
+app: .venv/.stamp-space model
+	$(PYTHON_VENV) spaces_app/app.py
 
 lint: .venv/.stamp-test
 	$(PYTHON_VENV) -m ruff check .
@@ -46,8 +50,16 @@ model: .venv/.stamp-demo
 	$(PIP_INSTALL) --no-build-isolation -e .
 	@touch $@
 
+.venv/.stamp-space: .venv/.stamp-demo
+	$(PIP_INSTALL) --no-build-isolation -e '.[space]'
+	@touch $@
+
 .venv/.stamp-test: .venv/.stamp-demo
 	$(PIP_INSTALL) --no-build-isolation -e '.[test]'
+	@touch $@
+
+.venv/.stamp-chromium: .venv/.stamp-test
+	$(PYTHON_VENV) tests/chromium.py
 	@touch $@
 
 # What tests/test_loading.py loads with besides .venv. All versions but those in constraints-oldest.txt are the newest.

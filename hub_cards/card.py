@@ -27,8 +27,7 @@ FIELDS = {
     "adapter": "license language library_name pipeline_tag tags model-index base_model base_model_relation",
     "trained": "library_name pipeline_tag tags",
     "metric": "title sdk sdk_version app_file license tags",
-    "space": "title emoji colorFrom colorTo sdk sdk_version app_file python_version models tags license "
-    "short_description",
+    "space": "title emoji colorFrom colorTo sdk sdk_version app_file python_version tags license short_description",
     "data set": "pretty_name task_categories size_categories tags configs",
 }
 OF_A_MODEL = ("Use", "Intended use", "Limits", "Training data", "Training", "Energy use of training", "Evaluation")
@@ -36,7 +35,7 @@ SECTIONS = {
     **dict.fromkeys(("model", "energy", "adapter"), (*OF_A_MODEL, "Citation")),
     "trained": ("Use", "Limits", "Training data", "Training", "Energy use of training", "Citation"),
     "metric": ("How to use", "Limitations"),
-    "space": ("Models", "Limits"),
+    "space": ("Run it", "Limits"),
     "data set": ("Use", "Columns", "How it was made", "Limits"),
 }
 CLASSES = {"space": SpaceCard, "data set": DatasetCard, "metric": SpaceCard}  # the others are models

@@ -118,8 +118,10 @@ def problems() -> list[str]:
         if not wrong and text != shipped(name).text:
             wrong = ["it is not what its template gives: python -m hub_cards.cards writes it"]
         found += [f"{path.relative_to(HUB_CARDS.parent)}: {problem}" for problem in wrong]
-    for path in sorted(HUB_CARDS.glob(f"metrics/*/{CARD}")):  # written by hand; they state nothing measured
-        wrong = lacks(parse(path.read_text(encoding="utf-8"), "metric"), "metric")
+    spaces = [(HUB_CARDS.parent / "spaces_app" / CARD, "space")]
+    spaces += [(path, "metric") for path in sorted(HUB_CARDS.glob(f"metrics/*/{CARD}"))]
+    for path, kind in spaces:  # written by hand; they state nothing measured
+        wrong = lacks(parse(path.read_text(encoding="utf-8"), kind), kind)
         found += [f"{path.relative_to(HUB_CARDS.parent)}: {problem}" for problem in wrong]
     return found
 

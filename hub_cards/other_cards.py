@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
-from huggingface_hub import DatasetCardData, ModelCardData, SpaceCardData
+from huggingface_hub import DatasetCardData, ModelCardData
 from safetensors import safe_open
 
-from .card import ADAPTER, ENERGY, HUB_CARDS, MODEL, TAGS, Card, read_json
+from .card import ADAPTER, ENERGY, MODEL, TAGS, Card, read_json
 from .shipped_cards import Names, evaluations, num_parameters, report_facts
 
 ARCHITECTURES = {
@@ -197,42 +197,3 @@ def read_rows(path: Path) -> Iterator[dict]:
 
         for batch in pq.ParquetFile(path).iter_batches():
             yield from batch.to_pylist()
-
-
-def space(
-    models: list[str],
-    *,
-    title: str = "EDLM",
-    short_description: str = "Watch a diffusion language model write",
-    app_file: str = "app.py",
-    python_version: str = "3.12",
-) -> Card:
-    """For a Gradio Space that shows these Hub repos.
-
-    Raises:
-        ValueError: the description is longer than the Hub takes.
-    """
-    if len(short_description) > 60:
-        raise ValueError(f"short_description must have at most 60 characters, got {short_description!r}")
-    data = SpaceCardData(
-        title=title,
-        emoji="\N{PERFORMING ARTS}",
-        colorFrom="indigo",
-        colorTo="green",
-        sdk="gradio",
-        sdk_version=gradio_version(),
-        python_version=python_version,
-        app_file=app_file,
-        models=models,
-        tags=TAGS,
-        license="apache-2.0",
-        short_description=short_description,
-    )
-    facts = {"title": title, "short_description": short_description, "models": models}
-    return Card("space", data, facts, "space.md")
-
-
-def gradio_version() -> str:
-    """That of constraints.txt."""
-    text = (HUB_CARDS.parent / "constraints.txt").read_text(encoding="utf-8")
-    return re.search(r"^gradio==(\S+)$", text, re.MULTILINE)[1]

@@ -85,12 +85,13 @@ def stage(
     for name, path in collect(folder).items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target / name)
-    write(target, cards.published(folder, repo, base, benchmark))
-    kind = STAGES[repo_type](target, base)
+    of_model = base if repo_type == "model" else None
+    write(target, cards.published(folder, repo, of_model, benchmark))
+    kind = STAGES[repo_type](target, repo, base)
     return {path.relative_to(target).as_posix(): path for path in sorted(target.rglob("*")) if path.is_file()}, kind
 
 
-def stage_model(target: Path, base: str | None) -> str:
+def stage_model(target: Path, repo: str, base: str | None) -> str:
     if not list(target.glob("*.safetensors")):
         raise ValueError("there are no weights (*.safetensors) in it")
     if (target / ADAPTER).exists():
@@ -149,11 +150,15 @@ def check_base(target: Path) -> None:
             )
 
 
-def stage_space(target: Path, base: str | None) -> str:
-    is_metric = (target / f"{target.name}.py").exists()
+def stage_space(target: Path, repo: str, base: str | None) -> str:
+    is_metric, card = (target / f"{target.name}.py").exists(), read_card(target / CARD)
     if is_metric:
         write(target, metric_code())
-    data = read_card(target / CARD).data
+    data = card.data
+    if base is not None:  # the page takes the first of these, where no variable says otherwise
+        data.models = [base]
+        card.save(target / CARD)
+    write(target, {CARD: (target / CARD).read_bytes().replace(b"USER/SPACE", repo.encode())})
     if data.get("sdk") != "gradio" or not (target / str(data.get("app_file"))).is_file():
         raise ValueError(f"its {CARD} must name sdk: gradio and as app_file a file in it")
     for path in target.rglob("*.py"):
@@ -164,7 +169,7 @@ def stage_space(target: Path, base: str | None) -> str:
     return "metric" if is_metric else "space"
 
 
-def stage_data_set(target: Path, base: str | None) -> str:
+def stage_data_set(target: Path, repo: str, base: str | None) -> str:
     if not [path for path in target.rglob("*") if path.suffix in ROWS]:
         raise ValueError(f"there are no rows ({', '.join(ROWS)}) in it")
     read_card(target / CARD)
@@ -266,7 +271,9 @@ def main(argv: list[str] | None = None) -> None:
     types = parser.add_mutually_exclusive_group()
     for name, help in (("space", "a Gradio app, or a metric"), ("dataset", "rows of training/generate.py, or others")):
         types.add_argument(f"--{name}", dest="type", action="store_const", const=name, default="model", help=help)
-    parser.add_argument("--base", metavar="USER/NAME", help="of an adapter or energy: the repo of its base")
+    parser.add_argument(
+        "--base", metavar="USER/NAME", help="the repo of the base of an adapter or energy; of a Space: of its model"
+    )
     parser.add_argument("--benchmark", metavar="USER/NAME", help="a benchmark's data set: .eval_results for its board")
     parser.add_argument("--dry-run", action="store_true", help="do everything but upload")
     parser.add_argument("--private", action="store_true", help="make the repo a private one")

@@ -14,7 +14,8 @@ from fake_hub import INITIAL
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "fixtures" / "wiki27-sample.parquet"
 OLDEST = ROOT / ".venv-oldest" / "bin" / "python"
-MODEL, ADAPTER, ROWS, METRIC = (f"user/{name}" for name in ("edlm-mine", "edlm-mine-lora", "samples", "token_entropy"))
+MODEL, ADAPTER, ROWS = (f"user/{name}" for name in ("edlm-mine", "edlm-mine-lora", "samples"))
+METRIC, PAGE = "user/token_entropy", "user/page"
 SIZES = "--tokenizer {0} --length 32 --hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2".format
 TRAIN = f"--data {DATA} --validation_data {DATA} --batch_size 4 --eval_blocks 4 --final_eval_blocks 4 --report_to none"
 LOAD = """
@@ -67,7 +68,10 @@ def test_from_text_to_a_name_on_the_hub(hub, tmp_path):
     first = push(tmp_path / "denoiser" / "model", MODEL, "--tag", "v1")
     push(tmp_path / "lora" / "model", ADAPTER, "--base", MODEL)
     push(ROOT / "hub_cards" / "metrics" / "token_entropy", METRIC, "--space")
+    push(ROOT / "spaces_app", PAGE, "--space", "--base", MODEL)
     push(tmp_path / "rows", ROWS, "--dataset")
+    card = hub.files(f"spaces/{PAGE}")["README.md"].decode()
+    assert f"models:\n- {MODEL}\n" in card and f'Client("{PAGE}")' in card
     assert hub.files(f"datasets/{ROWS}").keys() > {"README.md", "train.jsonl"}
 
     clean, empty = {"PYTHONPATH": ""}, tmp_path / "empty"
