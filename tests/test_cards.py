@@ -136,6 +136,8 @@ def test_the_check_as_a_command(capsys, monkeypatch, tmp_path):
     for name in SHIPPED:
         (tmp_path / "hub_cards" / name).mkdir(parents=True)
         shutil.copy(card_file(name), tmp_path / "hub_cards" / name)
+    (tmp_path / "spaces_app").mkdir()
+    shutil.copy(ROOT / "spaces_app" / "README.md", tmp_path / "spaces_app")
     monkeypatch.setattr(cards, "HUB_CARDS", tmp_path / "hub_cards")
     light = tmp_path / "hub_cards" / "edlm-wiki27-light" / "README.md"
     light.write_text(light.read_text().replace("accuracy 0.680", "accuracy 0.780"))

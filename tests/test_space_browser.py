@@ -73,8 +73,14 @@ def set_sliders(page: Page, **values) -> None:
     page.locator("#settings > button").click()
     for label, value in values.items():
         box = page.get_by_label(f"number input for {label.replace('_', ' ')}")
-        box.fill(str(value))
-        box.press("Enter")
+        slider = page.get_by_label(f"range slider for {label.replace('_', ' ')}")
+        for _ in range(3):  # on a busy machine the page may not listen yet when it is first seen
+            box.fill(str(value))
+            box.press("Enter")
+            page.wait_for_timeout(200)
+            if slider.input_value() == str(value):
+                break
+        expect(slider).to_have_value(str(value))
     page.locator("#settings > button").click()
     expect(page.get_by_label("number input for Steps")).not_to_be_visible()
 
