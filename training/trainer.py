@@ -253,6 +253,9 @@ def train(
     if not (out_dir / "model").exists():  # a run that was over, but for the last file
         save_model()
     averages.put(averages.weights())
+    # DDP goes before the process group: its destructor holds the GIL, for which threads of a group freed there wait
+    del wrapped
+    accelerator.free_memory()
     accelerator.end_training()
     accelerator.print(f"model: {out_dir / 'model'}\nmetrics: {metrics_path}")
     return model
