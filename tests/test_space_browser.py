@@ -130,6 +130,7 @@ def test_same_seed_same_text_and_another_one(visit):
         page.get_by_label("A new seed for each text").set_checked(not keep)
         before = page.get_by_label("Seed", exact=True).input_value()
         page.get_by_role("button", name="Write", exact=True).click()
+        expect(canvas(page)).to_have_attribute("data-state", "running")  # no longer the text before, of the same seed
         if not keep:
             expect(page.get_by_label("Seed", exact=True)).not_to_have_value(before)
         seed = page.get_by_label("Seed", exact=True).input_value()
