@@ -317,9 +317,7 @@ def main(argv: list[str] | None = None) -> None:
                 tag=arguments.tag,
                 message=arguments.message or f"Upload {folder.name}",
             )
-        except (
-            Exception
-        ) as error:  # the classes of network errors are another library's in each generation of the client
+        except Exception as error:  # of network errors each generation of the client has another library's classes
             raise SystemExit(
                 without_token(
                     f"{type(error).__name__}: {error}\nThe push to {repo} did not finish. What is there is whole: the "

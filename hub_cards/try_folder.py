@@ -2,8 +2,8 @@
 
     python -P hub_cards/try_folder.py KIND FOLDER [BASE]
 
-KIND: model (generates), energy or adapter (chooses for BASE), other (a model of another library class: loads), causal,
-metric, dataset. The package is not imported: the code is the folder's own.
+KIND: model or causal (generates), energy or adapter (chooses for BASE), metric or dataset (loads). The package is not
+imported: the code is the folder's own.
 """
 
 import sys
