@@ -122,18 +122,26 @@ def load_adapter(energy, folder: Path):
     model = peft.get_peft_model(energy, config)
     for parameter, requires_grad in grads:  # PEFT froze them, and they are the denoiser's own
         parameter.requires_grad_(requires_grad)
+    fill_adapter(model, folder)
+    for module in model.modules():  # the untrained head, drawn at random, is in nobody's way and in no checksum
+        if isinstance(module, peft.utils.ModulesToSaveWrapper):
+            module.original_module = module.modules_to_save["default"]
+    return model
+
+
+def fill_adapter(model, folder: Path) -> None:
+    """Give the adapter that is in a model (`add_lora`) the weights of a folder.
+
+    Raises ValueError if they are damaged or not those of an adapter of this form.
+    """
     try:
         weights = load_file(folder / WEIGHTS)
-        result = peft.set_peft_model_state_dict(model, weights)
+        result = _peft().set_peft_model_state_dict(model, weights)
     except (SafetensorError, RuntimeError, KeyError) as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged or does not fit: {error}") from error
     own = [name for name in result.missing_keys if ".default" in name]
     if wrong := sorted(own) + sorted(result.unexpected_keys):
         raise ValueError(f"{folder / WEIGHTS} lacks, or has in excess, {len(wrong)} weights: {wrong[0]}, ...")
-    for module in model.modules():  # the untrained head, drawn at random, is in nobody's way and in no checksum
-        if isinstance(module, peft.utils.ModulesToSaveWrapper):
-            module.original_module = module.modules_to_save["default"]
-    return model
 
 
 def checksum(module: torch.nn.Module) -> str:

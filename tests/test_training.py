@@ -16,6 +16,7 @@ from toy import MASK, completions, log_mu, make_toy
 
 from hub_cards import cards
 from modeling_edlm import EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
+from modeling_edlm.backbone import Block
 from training import compose, pretrain, report, train_energy
 from training.contrast import LOSSES, contrast, energies, step_times
 from training.data import character_tokenizer
@@ -318,3 +319,64 @@ def test_nce_finds_log_mu_minus_log_q(target, loss, num_negatives):
     assert float((mu * (learned - optimum).abs()).sum()) < 0.1
     corrected = (mu.log() - learned).softmax(0)
     assert float((corrected - q / q.sum()).abs().sum()) / 2 < 0.03 < float((mu - q / q.sum()).abs().sum()) / 2
+
+
+@pytest.mark.parametrize("script", ["pretrain", "train_energy"])
+def test_compiled_blocks_train_to_the_same_weights(tokenizer, trained, tmp_path, monkeypatch, script):
+    """Through torch.compile, but for its code generator, which needs a C++ compiler; evaluations stay as they are."""
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(Block, "compile", lambda block: torch.nn.Module.compile(block, backend=backend))
+    for name in ("false", "true"):
+        out = tmp_path / name
+        if script == "pretrain":
+            pretrain.main(options(out, tokenizer, num_hidden_layers=2, dropout=0, compile=name))
+        else:
+            base = trained / "denoiser" / "model"
+            train_energy.main(options(out, base=base, lora_r=2, energy_target="xs", compile=name))
+        assert bool(calls) == (name == "true")
+    plain, compiled = (load_file(next((tmp_path / n / "model").glob("*model.safetensors"))) for n in ("false", "true"))
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("form", "wrong"),
+    [
+        (
+            {"lora_r": 2},
+            {
+                "has energy_pooling='sum', this energy has 'mean'": {"energy_pooling": "mean"},
+                "init_from must be an adapter": {"init_from": "denoiser"},
+                "was trained over": {"base": "wide"},
+                "does not fit": {"lora_r": 3},
+            },
+        ),
+        (
+            {"energy_target": "xs", "energy_num_layers": 1},
+            {
+                "has energy_target='xs', this energy has 'x0'": {"energy_target": "x0"},
+                "has other sizes": {"base": "wide"},
+            },
+        ),
+    ],
+    ids=["lora", "whole"],
+)
+def test_an_energy_goes_on_from_another(tokenizer, trained, tmp_path, form, wrong):
+    """With no step of its own it is the energy that it started from; another form or base is refused."""
+    pretrain.main(options(tmp_path / "wide", tokenizer, hidden_size=32, max_steps=1))
+    folders = {"denoiser": trained / "denoiser" / "model", "wide": tmp_path / "wide" / "model"}
+    same = form | {"base": folders["denoiser"], "ema_decay": 0}
+    train_energy.main(options(tmp_path / "first", **same))
+    same |= {"init_from": tmp_path / "first" / "model", "learning_rate": 0, "max_steps": 1}
+    train_energy.main(options(tmp_path / "second", **same))
+    before, after = (load_file(next((tmp_path / n / "model").glob("*model.safetensors"))) for n in ("first", "second"))
+    assert_same_bits(before, after)
+    for message, changes in wrong.items():
+        changes = {name: folders.get(value, value) for name, value in changes.items()}
+        with pytest.raises(ValueError, match=message):
+            train_energy.main(options(tmp_path / "wrong", **same | changes))

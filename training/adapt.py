@@ -11,10 +11,6 @@ Shapes: B samples or texts, L length.
 """
 
 import json
-import os
-import shlex
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +26,7 @@ from .data import PackedTokens, tokenize
 from .evaluate_likelihood import NUM_BUCKETS, name_of, number
 from .metrics import ngram_divergence
 from .results import CommaLists, command, machine, read_results, write_json, write_whole
+from .stages import run_script
 from .trainer import parse_arguments
 
 ENERGY = "adapted"
@@ -74,16 +71,8 @@ class AdaptArguments(CommaLists):
 
 
 def stage(script: str, options: dict, more: str = "", num_processes: int = 1) -> None:
-    """Run `training.<script>` in a process of its own; its output is this one's."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    arguments = [str(part) for name, value in options.items() if value != "" for part in (f"--{name}", value)]
-    arguments = ["-m", f"training.{script}", *arguments, *shlex.split(more)]
-    print(f"python {shlex.join(arguments)}", flush=True)
-    several = num_processes > 1  # on CPUs, accelerate must be told
-    env = os.environ | ({"ACCELERATE_USE_CPU": "true"} if several else {})
-    result = subprocess.run([sys.executable, *(launcher if several else []), *arguments], env=env)
-    if result.returncode:
-        raise SystemExit(f"training.{script} failed with exit status {result.returncode}; the same command goes on")
+    if run_script(script, options, more, num_processes):
+        raise SystemExit(f"training.{script} failed; the same command goes on")
 
 
 def train(arguments: AdaptArguments, run: Path) -> dict:

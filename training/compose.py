@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None):
     tokenizer.save_pretrained(temporary)
     if arguments.ar:
         scorer = EDLMForCausalLM.from_pretrained(arguments.ar).to(getattr(torch, arguments.dtype))
-        scorer.save_pretrained(temporary / "ar")
+        scorer.save_pretrained(temporary / "ar", max_shard_size=arguments.max_shard_size)
         for copy in (temporary / "ar").glob("*.py"):  # a subfolder takes its code from the root
             copy.unlink()
     for file in [file for file in temporary.rglob("*") if file.is_file()]:  # all is written: now it takes its place

@@ -94,6 +94,14 @@ def load_trained(path: str) -> EDLMForMaskedLM | EDLMForCausalLM:
     return (EDLMForCausalLM if "EDLMForCausalLM" in names else EDLMForMaskedLM).from_pretrained(path)
 
 
+def take_weights(model: torch.nn.Module, start: torch.nn.Module, init_from: str) -> None:
+    """Give a model the weights of another; ValueError where its sizes are others."""
+    try:
+        model.load_state_dict(start.state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"init_from={init_from!r} has other sizes: {error}") from error
+
+
 class Blocks:
     """Training and validation blocks, and the batch of any step of this process.
 
@@ -216,11 +224,7 @@ def main(argv: list[str] | None = None):
     torch.manual_seed(arguments.seed)
     model = (EDLMForCausalLM if is_ar else EDLMForMaskedLM)(config)
     if arguments.init_from:
-        start = load_trained(arguments.init_from)
-        try:
-            model.load_state_dict(start.state_dict())
-        except RuntimeError as error:
-            raise ValueError(f"init_from={arguments.init_from!r} has other sizes: {error}") from error
+        take_weights(model, load_trained(arguments.init_from), arguments.init_from)
     num_parameters = sum(p.numel() for p in model.parameters())
     num_blocks = "streamed" if arguments.streaming else f"{len(blocks.train):,}"
     accelerator.print(f"{arguments.objective}: {num_parameters:,} parameters, {num_blocks} training blocks")

@@ -2,13 +2,13 @@
 
     python -m training.report --model hub_cards/edlm-wiki27 --runs runs --data FOLDER
 
-Reads `runs/denoiser`, `runs/ar` and `runs/energy` as the training scripts leave them. The AR model of the folder's
+Reads `runs/denoiser`, `runs/ar` and `runs/energy` as the training scripts leave them, or what `training.family` says of
+its stages. The AR model of the folder's
 `ar/` is the scorer; it is not the energy.
 
 Shapes: B samples, L length.
 """
 
-import json
 import platform
 import time
 from dataclasses import dataclass, field
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
@@ -26,18 +25,20 @@ from modeling_edlm import EDLMForCausalLM, EDLMModel
 from .data import PackedTokens, tokenize
 from .metrics import bits_per_character, summary, token_entropy
 from .pretrain import PretrainArguments
-from .results import PUBLIC_DATA, CommaLists, command, read_lines, write_json
+from .results import CommaLists, command, read_results, write_json
 from .train_energy import EnergyArguments
-from .trainer import parse_arguments
+from .trainer import parse_arguments, run_facts
 
 matplotlib.use("Agg")
-SCRIPTS = {"ar": PretrainArguments, "denoiser": PretrainArguments, "energy": EnergyArguments}
+PRETRAIN = ("pretrain", PretrainArguments)
+SCRIPTS = {"ar": PRETRAIN, "denoiser": PRETRAIN, "energy": ("train_energy", EnergyArguments)}
 
 
 @dataclass(kw_only=True)
 class ReportArguments(CommaLists):
     model: str = field(metadata={"help": "the finished folder, with a scorer in ar/"})
-    runs: str = field(metadata={"help": "folder of the training runs ar, denoiser and energy"})
+    runs: str = field(metadata={"help": "folder of the runs ar, denoiser and energy, or training.family's family.json"})
+    energy: str = field(default="energy", metadata={"help": "the stage of a family that has trained the energy"})
     data: str = field(metadata={"help": "the text whose validation split is the reference"})
     out: str = field(default="", metadata={"help": "default: results/<name of the folder>.json beside the folder"})
     num_steps: str = field(default="8,16,128", metadata={"help": "settings of T, with commas between"})
@@ -48,6 +49,7 @@ class ReportArguments(CommaLists):
     num_samples: int = 32
     num_shown: int = field(default=3, metadata={"help": "samples that the card shows: the first ones, last setting"})
     seed: int = 0
+    cache_dir: str = field(default="", metadata={"help": "where token ids are kept; default: tokens/ beside out"})
 
     def __post_init__(self):
         if len(self.listed("num_steps", int, False)) != len(self.listed("window_lows", float, False)):
@@ -56,36 +58,25 @@ class ReportArguments(CommaLists):
             )
 
 
-def training_facts(run: Path, name: str) -> dict:
-    """Command, length, cost and last evaluation of a run, from its checkpoint and its metrics."""
-    with safe_open(run / "checkpoint.safetensors", "pt") as file:
-        metadata = file.metadata()
-    arguments = json.loads(metadata["arguments"])
-    script = "train_energy" if name == "energy" else "pretrain"
-    machine = {"num_threads", "cache_dir", "report_to", "resume", "checkpoint_minutes", "log_steps"}
-    rows = read_lines(run / "metrics.jsonl")
-    curve = [row for row in rows if "seconds" in row]
-    tokens = int(metadata["step"]) * next(int(row["tokens"]) for row in rows if "tokens" in row)
-    return {
-        "command": command(script, (SCRIPTS[name], arguments), machine),
-        "steps": int(metadata["step"]),
-        "tokens": tokens,
-        "minutes": curve[-1]["seconds"] / 60,
-        "num_threads": arguments["num_threads"],
-        "last_evaluation": curve[-1],
-        "curve": curve,
-    }
+def training_facts(arguments: ReportArguments) -> dict[str, dict]:
+    """By part: what is known of its training."""
+    if arguments.runs.endswith(".json"):
+        stages = read_results(arguments.runs)["stages"]
+        return {name: stages[arguments.energy if name == "energy" else name] for name in SCRIPTS}
+    return {name: run_facts(Path(arguments.runs) / name, *script) for name, script in SCRIPTS.items()}
 
 
 def main(argv: list[str] | None = None):
     arguments = parse_arguments(ReportArguments, __doc__, argv)
-    folder, runs = Path(arguments.model), Path(arguments.runs)
+    folder = Path(arguments.model)
     out = Path(arguments.out or folder.parent / "results" / f"{folder.name}.json")
     model, scorer = EDLMModel.from_pretrained(folder), EDLMForCausalLM.from_pretrained(folder, subfolder="ar")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     L = model.config.max_position_embeddings
 
-    blocks = PackedTokens(tokenize(arguments.data, tokenizer, runs / "tokens", "validation"), L)
+    blocks = PackedTokens(
+        tokenize(arguments.data, tokenizer, arguments.cache_dir or out.parent / "tokens", "validation"), L
+    )
     chosen = torch.linspace(0, len(blocks) - 1, arguments.num_samples).long().tolist()
     data_BL = torch.stack([blocks[i]["input_ids"] for i in chosen])
     data = {"bits_per_character": summary(bits_per_character(scorer, data_BL))}
@@ -121,9 +112,8 @@ def main(argv: list[str] | None = None):
                 }
             )
             samples[name] = tokenizer.batch_decode(output.sequences[: arguments.num_shown])  # of the last setting
-    shown = {"model": folder, "runs": runs, "data": PUBLIC_DATA / Path(arguments.data).name}
     results = {
-        "command": "python -m training.report " + " ".join(f"--{k} {v}" for k, v in shown.items()),
+        "command": command("report", arguments, {"cache_dir", "out"}),
         "num_samples": arguments.num_samples,
         "num_shown": arguments.num_shown,
         "seed": arguments.seed,
@@ -132,7 +122,7 @@ def main(argv: list[str] | None = None):
         "validation_characters": len(blocks.tokens),
         "parameters": {"denoiser": model.denoiser.num_parameters(), "energy": model.energy_model.num_parameters()}
         | {"ar": scorer.num_parameters()},
-        "training": {name: training_facts(runs / name, name) for name in SCRIPTS},
+        "training": training_facts(arguments),
         "data": data,
         "samplers": rows,
         "samples": samples,

@@ -18,15 +18,31 @@ import torch
 from transformers import AutoTokenizer
 
 from modeling_edlm import EDLMEnergyModel, EDLMForMaskedLM
-from modeling_edlm.adapter import add_lora, checksum, save_adapter
+from modeling_edlm.adapter import (
+    ENERGY_FIELDS,
+    add_lora,
+    checksum,
+    energy_fields,
+    fill_adapter,
+    find_adapter,
+    save_adapter,
+)
 
 from .contrast import LOSSES, accuracy, draw_contrast, energies
 from .energy_quality import held_out, plot, sampler_gains
-from .pretrain import Blocks, DataArguments
+from .pretrain import Blocks, DataArguments, take_weights
 from .results import CommaLists, command, read_lines, write_json, write_whole
-from .trainer import LoopArguments, global_rows, make_accelerator, parse_arguments, step_seed, train
+from .trainer import (
+    NOT_RECORDED,
+    LoopArguments,
+    compile_blocks,
+    global_rows,
+    make_accelerator,
+    parse_arguments,
+    step_seed,
+    train,
+)
 
-NOT_RECORDED = "output_dir cache_dir num_threads report_to resume checkpoint_minutes log_steps max_minutes".split()
 CARD = """---
 library_name: peft
 base_model: {base}
@@ -63,6 +79,9 @@ class EnergyArguments(LoopArguments, DataArguments, CommaLists):
     lora_r: int = field(default=0, metadata={"help": "rank of LoRA over the denoiser's own blocks; 0: train a copy"})
     lora_alpha: float = field(default=0.0, metadata={"help": "the adapter's scale is lora_alpha / lora_r; 0: 2 lora_r"})
     lora_dropout: float = 0.0
+    init_from: str = field(
+        default="", metadata={"help": "start from this energy or adapter, of the same form, in place of the denoiser"}
+    )
     head_only: bool = field(default=False, metadata={"help": "train the head over the denoiser's blocks alone"})
     loss: str = field(
         default="nce", metadata={"help": "nce, as published; ranking: the sampler's bound with num_negatives + 1"}
@@ -98,7 +117,7 @@ class EnergyArguments(LoopArguments, DataArguments, CommaLists):
         return self.head_only or self.lora_r > 0
 
     def command(self) -> str:
-        return command("train_energy", self, NOT_RECORDED)
+        return command("train_energy", self, NOT_RECORDED | {"output_dir"})
 
 
 def new_energy(arguments: EnergyArguments, denoiser: EDLMForMaskedLM):
@@ -107,7 +126,7 @@ def new_energy(arguments: EnergyArguments, denoiser: EDLMForMaskedLM):
     all_blocks = denoiser.config.num_hidden_layers
     # half of them gain as much on a next state (README, "The light energy")
     default = None if arguments.energy_target == "x0" else -(-all_blocks // 2)
-    model = EDLMEnergyModel.from_denoiser(
+    energy = EDLMEnergyModel.from_denoiser(
         denoiser,
         share_weights=arguments.is_adapter,
         energy_target=arguments.energy_target,
@@ -115,9 +134,28 @@ def new_energy(arguments: EnergyArguments, denoiser: EDLMForMaskedLM):
         energy_num_layers=arguments.energy_num_layers or default,
         dropout=arguments.dropout,
     )
-    if arguments.is_adapter:
-        model = add_lora(model, arguments.lora_r, arguments.lora_alpha or None, arguments.lora_dropout)
+    if not arguments.is_adapter:
+        if arguments.init_from:
+            start = EDLMEnergyModel.from_pretrained(arguments.init_from, dtype=torch.float32)
+            check_form(arguments.init_from, vars(start.config), energy)
+            take_weights(energy, start, arguments.init_from)
+        return energy
+    model = add_lora(energy, arguments.lora_r, arguments.lora_alpha or None, arguments.lora_dropout)
+    if arguments.init_from:
+        if (folder := find_adapter(arguments.init_from)) is None:
+            raise ValueError(
+                f"init_from must be an adapter where lora_r or head_only is given, {arguments.init_from!r}"
+            )
+        check_form(arguments.init_from, energy_fields(folder, denoiser), energy)
+        fill_adapter(model, folder)
     return model
+
+
+def check_form(init_from: str, fields: dict, energy: EDLMEnergyModel) -> None:
+    """Raises ValueError unless an energy with these fields of its configuration can be gone on with."""
+    for name in ENERGY_FIELDS:
+        if fields[name] != (ours := getattr(energy.config, name)):
+            raise ValueError(f"init_from={init_from!r} has {name}={fields[name]!r}, this energy has {ours!r}")
 
 
 def main(argv: list[str] | None = None):
@@ -130,6 +168,8 @@ def main(argv: list[str] | None = None):
     if len(tokenizer) != denoiser.config.vocab_size:
         raise ValueError(f"base has vocab_size {denoiser.config.vocab_size}, its tokenizer has {len(tokenizer)} tokens")
     model = new_energy(arguments, denoiser)
+    if arguments.compile:  # but for the last block, which works at a number of positions that is never the same
+        compile_blocks(denoiser.backbone.blocks[:-1])
     blocks = Blocks(arguments, tokenizer, denoiser.config.max_position_embeddings, accelerator)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     accelerator.print(f"energy: {trainable:,} trained of {sum(p.numel() for p in model.parameters()):,} parameters")

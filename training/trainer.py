@@ -34,9 +34,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_scheduler
 
+from modeling_edlm.backbone import Block
 from modeling_edlm.schedule import antithetic_times
 
-from .results import read_lines
+from .results import command, read_lines
 
 LEAST_TIME = 1e-3  # t below masks nothing in most blocks, and weighs a thousandfold in the bound when it does
 
@@ -56,11 +57,12 @@ class LoopArguments:
     ema_decay: float = field(default=0.999, metadata={"help": "0: no average; else the average is the saved model"})
     mixed_precision: str = field(default="no", metadata={"help": "no or bf16"})
     gradient_checkpointing: bool = False
+    compile: bool = field(default=False, metadata={"help": "run the blocks through torch.compile"})
     seed: int = 0
     log_steps: int = 20
     eval_steps: int = 500
     checkpoint_minutes: float = 5.0
-    max_minutes: float = field(default=0.0, metadata={"help": "save and stop after so long; 0: no limit"})
+    max_minutes: float = field(default=0.0, metadata={"help": "save, evaluate and stop after so long; 0: no limit"})
     num_threads: int = field(default=0, metadata={"help": "CPU threads; 0: torch's default"})
     patience: int = field(
         default=0, metadata={"help": "stop after so many evaluations without a better one; the best is saved. 0: never"}
@@ -89,6 +91,8 @@ FREE_ARGUMENTS = set(
     "cache_dir base init_from tokenizer gradient_checkpointing eval_blocks final_eval_blocks patience eval_num_steps "
     "eval_sequences".split()
 )
+
+NOT_RECORDED = {"num_threads", "cache_dir", "report_to", "resume", "checkpoint_minutes", "log_steps", "max_minutes"}
 
 
 def parse_arguments(argument_class, description: str, argv: list[str] | None = None):
@@ -143,6 +147,8 @@ def train(
 
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    if arguments.compile:
+        compile_blocks(model)
     model.to(accelerator.device)
     optimizer = _optimizer(arguments, model)
     scheduler = get_scheduler(arguments.lr_schedule, optimizer, arguments.warmup_steps, arguments.max_steps)
@@ -184,7 +190,8 @@ def train(
         accelerator.wait_for_everyone()
 
     def measure(is_last, weights=None):
-        with torch.no_grad(), averages.shown(weights), _gathered(model):
+        # not compiled: evaluations have many shapes, and few passes of each
+        with torch.no_grad(), averages.shown(weights), _gathered(model), torch.compiler.set_stance("force_eager"):
             row = evaluate(model.eval(), is_last)
         _log(accelerator, metrics_path, step, {"seconds": seconds_before + time.monotonic() - started} | row)
         shown = (f"{k} {v:.4g}" for k, v in row.items() if "<=" not in k)  # those by bucket are in the log
@@ -193,6 +200,7 @@ def train(
     progress = tqdm(total=arguments.max_steps, initial=step, disable=not accelerator.is_main_process, smoothing=0.05)
     accumulation = arguments.gradient_accumulation_steps
     started = last_checkpoint = time.monotonic()
+    stretch = step, started  # of nothing but steps
     with _stop_signal() as stopped:
         while step < arguments.max_steps:
             wrapped.train()
@@ -221,12 +229,14 @@ def train(
             progress.update()
 
             is_end = step == arguments.max_steps
-            out_of_time = arguments.max_minutes and time.monotonic() - started > 60 * arguments.max_minutes
-            stop = bool(stopped or out_of_time)
+            out_of_time = 0 < 60 * arguments.max_minutes < time.monotonic() - started
+            stop = bool(stopped)
             if step % arguments.log_steps == 0 or is_end:
                 row = _mean(rows, accelerator) | {"grad_norm": norm}
+                row |= {"steps_per_second": (step - stretch[0]) / (time.monotonic() - stretch[1])}
                 _log(accelerator, metrics_path, step, row | {"lr": lr})
-                progress.set_postfix({k: f"{v:.4g}" for k, v in row.items()} | _speed(progress, row))
+                progress.set_postfix({k: f"{v:.4g}" for k, v in row.items()} | _speed(row))
+                stretch = step, time.monotonic()
             if step % arguments.eval_steps == 0 or is_end:
                 measure(is_end and not arguments.patience)
                 if arguments.patience:
@@ -240,13 +250,18 @@ def train(
                     if is_over or is_end:  # the last word is on what was saved
                         measure(True, best)
                     stop |= is_over
+                stretch = step, time.monotonic()
             minutes = (time.monotonic() - last_checkpoint) / 60
             # every process must take the same branch: the first one decides
-            due, stop = _first_process(accelerator, [minutes >= arguments.checkpoint_minutes or is_end, stop])
-            if due or stop:
+            due = minutes >= arguments.checkpoint_minutes or is_end
+            due, stop, out_of_time = _first_process(accelerator, [due, stop, out_of_time])
+            if due or stop or out_of_time:
                 checkpoint()
                 last_checkpoint = time.monotonic()
-            if stop and not is_end:
+                stretch = step, last_checkpoint
+            if out_of_time and not is_end:  # what its minutes have bought
+                measure(True)
+            if (stop or out_of_time) and not is_end:
                 accelerator.print(f"stopped at step {step} of {arguments.max_steps}; add --resume true to go on")
                 break
     progress.close()
@@ -311,6 +326,13 @@ class Averages:
             self.put(before)
 
 
+def compile_blocks(model: torch.nn.Module) -> None:
+    """Every transformer block through `torch.compile`, in place; equal blocks are compiled once."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile()
+
+
 @contextlib.contextmanager
 def _gathered(model: torch.nn.Module):
     """Where weights are in shards (FSDP), those of the root are there for whatever part is called, and afterwards no
@@ -357,6 +379,27 @@ def make_accelerator(arguments: LoopArguments, **kwargs) -> Accelerator:
 def step_seed(seed: int, *counters: int) -> int:
     """A seed for torch from the run's seed and what is to be drawn for."""
     return random.Random(repr((seed, *counters))).getrandbits(63)
+
+
+def run_facts(run: Path, script: str, argument_class) -> dict | None:
+    """Command, length, cost and evaluations of a run, from its checkpoint and its metrics; None where there is none."""
+    if not (run / "checkpoint.safetensors").exists():
+        return None
+    with safe_open(run / "checkpoint.safetensors", "pt") as file:
+        metadata = file.metadata()
+    arguments, steps = json.loads(metadata["arguments"]), int(metadata["step"])
+    rows = read_lines(run / "metrics.jsonl")
+    curve = [row for row in rows if "seconds" in row]
+    return {
+        "command": command(script, (argument_class, arguments), NOT_RECORDED),
+        "steps": steps,
+        "planned_steps": arguments["max_steps"],
+        "tokens": steps * next(int(row["tokens"]) for row in rows if "tokens" in row),
+        "minutes": float(metadata["seconds"]) / 60,
+        "num_threads": arguments["num_threads"],
+        "last_evaluation": curve[-1] if curve else None,
+        "curve": curve,
+    }
 
 
 @contextlib.contextmanager
@@ -483,9 +526,8 @@ def _log(accelerator, path: Path, step: int, row: dict) -> None:
             file.write(json.dumps({"step": step} | row) + "\n")
 
 
-def _speed(progress: tqdm, metrics: dict) -> dict:
-    rate = progress.format_dict["rate"]
-    return {"tokens/s": f"{rate * metrics['tokens']:.0f}"} if rate and "tokens" in metrics else {}
+def _speed(row: dict) -> dict:
+    return {"tokens/s": f"{row['steps_per_second'] * row['tokens']:.0f}"} if "tokens" in row else {}
 
 
 def _first_process(accelerator, decisions: list[bool]) -> list[bool]:
