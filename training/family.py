@@ -154,13 +154,16 @@ class Work:
         begun, minutes = monotonic(), self.minutes(stage)
         plan_path = run / "plan.json"
         if not plan_path.exists():
-            if minutes < 2 * self.trial_minutes * len(stage.learning_rates):
+            plan = None
+            if minutes > 2 * self.trial_minutes * len(stage.learning_rates):
+                trials = [self.trial(stage, rate) for rate in stage.learning_rates]
+                minutes -= (monotonic() - begun) / 60
+                plan = planned(trials, minutes, stage.name)
+            if plan is None:
                 self.not_run.append(stage.name)
-                print(f"{stage.name}: not run, {minutes:.1f} minutes are too few for its trials and a run")
+                print(f"{stage.name}: not run, its minutes are too few for its trials and a run")
                 return
-            trials = [self.trial(stage, rate) for rate in stage.learning_rates]
-            minutes -= (monotonic() - begun) / 60
-            write_json(plan_path, planned(trials, minutes, stage.name))
+            write_json(plan_path, plan)
         plan = json.loads(plan_path.read_text(encoding="utf-8"))
         own = {name: plan[name] for name in ("learning_rate", "max_steps", "warmup_steps", "eval_steps")}
         own = own | {k: v for k, v in self.options(stage).items() if k != "learning_rate"} | {"output_dir": run}
@@ -222,8 +225,8 @@ class Work:
         return about | {"stages": stages, "not_run": self.not_run}
 
 
-def planned(trials: list[dict], minutes: float, name: str) -> dict:
-    """The learning rate of the lowest loss at the same steps, and how many steps the minutes have.
+def planned(trials: list[dict], minutes: float, name: str) -> dict | None:
+    """The learning rate of the lowest loss at the same steps, and how many steps the minutes have; None for none.
 
     A trial's loss is the mean over the second half of the steps that all trials which did not fail have made.
     """
@@ -238,7 +241,7 @@ def planned(trials: list[dict], minutes: float, name: str) -> dict:
     seconds = MARGIN * 60 * minutes - best["startup_seconds"]
     max_steps = int(best["steps_per_second"] * seconds)
     if max_steps < 1:
-        raise SystemExit(f"{name}: {minutes:.2f} minutes are too few for a run")
+        return None
     return {
         "learning_rate": best["learning_rate"],
         "minutes": minutes,
