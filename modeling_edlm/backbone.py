@@ -292,6 +292,7 @@ class Backbone(nn.Module):
         """
         x_NLD = self.embedding(input_ids_NL) if inputs_embeds is None else inputs_embeds
         N, L, _ = x_NLD.shape
+        given_position_ids_NL = position_ids_NL  # the library looks for packed texts in them, and waits for the device
         if position_ids_NL is None:
             start = past_key_values.get_seq_length() if past_key_values is not None else 0
             if attention_mask is None:
@@ -305,7 +306,7 @@ class Backbone(nn.Module):
                 inputs_embeds=x_NLD,
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
-                position_ids=position_ids_NL,
+                position_ids=given_position_ids_NL,
             )
         else:
             mask = create_bidirectional_mask(config=self.config, inputs_embeds=x_NLD, attention_mask=attention_mask)
@@ -337,7 +338,8 @@ def needed_positions(where_NL: torch.Tensor, device: torch.device) -> torch.Tens
     most = int(where_NL.sum(-1).max())
     if most > 0.75 * where_NL.shape[1]:
         return None
-    return where_NL.byte().argsort(dim=-1, descending=True, stable=True)[:, : max(most, 1)].to(device)
+    needed_NQ = where_NL.byte().argsort(dim=-1, descending=True, stable=True)[:, : max(most, 1)]
+    return needed_NQ.to(device, non_blocking=True)
 
 
 @cache

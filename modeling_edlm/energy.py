@@ -15,7 +15,7 @@ from .vocabulary import log_prob_projected
 def causal_log_prob(
     causal_lm: nn.Module,
     x0_NL: torch.Tensor,
-    where_NL: torch.Tensor,
+    where_NL: torch.Tensor | None,
     bos_token_id: int,
     mask_token_id: int,
     attention_mask: torch.Tensor | None = None,
@@ -24,19 +24,21 @@ def causal_log_prob(
 
     Args:
         causal_lm: an `EDLMForCausalLM`, or any causal language model with the same token ids.
-        x0_NL: tokens without masks at the places that count. where_NL: bool, the positions that count.
+        x0_NL: tokens without masks at the places that count. where_NL: bool, the positions that count; None: all.
         attention_mask: (N, L), 0 for padding; the BOS then stands before the first token of each row.
     Returns:
         (N,) float32.
     """
     if attention_mask is not None:  # the text first: what comes after it changes nothing in a causal model
         order_NL = attention_mask.argsort(dim=-1, descending=True, stable=True)
-        x0_NL, where_NL = x0_NL.gather(1, order_NL), (where_NL & attention_mask.bool()).gather(1, order_NL)
+        where_NL = attention_mask.bool() if where_NL is None else where_NL & attention_mask.bool()
+        x0_NL, where_NL = x0_NL.gather(1, order_NL), where_NL.gather(1, order_NL)
     inputs_NL = torch.cat((torch.full_like(x0_NL[:, :1], bos_token_id), x0_NL[:, :-1]), dim=1)
     log_p_NL = torch.zeros(x0_NL.shape, device=x0_NL.device)
     if causal_lm.config.model_type == "edlm":  # projects the positions that count and no others, some at a time
         encoded, head = causal_lm.encode(inputs_NL), causal_lm.head
-        where_M = where_NL.flatten().nonzero()[:, 0]
+        every_P = torch.arange(x0_NL.numel(), device=x0_NL.device)
+        where_M = every_P if where_NL is None else where_NL.flatten().nonzero()[:, 0]
         for now_M in (where_M,) if head.is_large else position_chunks(where_M, causal_lm.config.vocab_size):
             x0_M = x0_NL.flatten()[now_M]
             if head.is_large:
@@ -51,7 +53,7 @@ def causal_log_prob(
     rows = position_chunks(torch.arange(len(x0_NL), device=x0_NL.device), x0_NL.shape[1] * causal_lm.config.vocab_size)
     for now_R in rows:
         logits_RLV = suppress(causal_lm(inputs_NL[now_R], use_cache=False).logits, mask_token_id)
-        is_counted_RL = where_NL[now_R]
+        is_counted_RL = torch.ones_like(x0_NL[now_R], dtype=torch.bool) if where_NL is None else where_NL[now_R]
         log_p_NL[now_R] = log_p_NL[now_R].masked_scatter(
             is_counted_RL,
             -nn.functional.cross_entropy(logits_RLV[is_counted_RL], x0_NL[now_R][is_counted_RL], reduction="none"),
@@ -95,7 +97,7 @@ class EnergyNetwork(nn.Module):
         is_revealed = (xt_NL == self.config.mask_token_id) & (x_NL != self.config.mask_token_id)
         where_NL = is_revealed.cpu()
         hidden = self.backbone(None, noise_N, attention_mask, inputs_embeds=joined_NLD, where_NL=where_NL)
-        positions_M = where_NL.flatten().nonzero()[:, 0].to(x_NL.device)
+        positions_M = where_NL.flatten().nonzero()[:, 0].to(x_NL.device, non_blocking=True)
         scalar_M = self.scalar(self.head(*hidden, positions_M))[:, 0].float()
         return scalar_M.new_zeros(x_NL.numel()).scatter(0, positions_M, scalar_M).view(x_NL.shape).sum(-1)
 
@@ -126,7 +128,8 @@ def candidate_energies(
         mask = None if attention_mask is None else attention_mask[row]
         now_t = t[row] if isinstance(t, torch.Tensor) and t.ndim else t
         energies.append(energy(x_PL[candidate], xt_NL[row], now_t, mask, log_mu_P[candidate]))
-    return torch.cat(energies)[which_P].view(N, K), torch.bincount(row_S, minlength=N)
+    number_N = row_S.new_zeros(N).index_add_(0, row_S, torch.ones_like(row_S))
+    return torch.cat(energies)[which_P].view(N, K), number_N
 
 
 def distinct(x_NKL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -234,15 +234,17 @@ class EDLMGenerationMixin:
         health, (hi, lo) = Health(T, device), config.energy_window
         energy_acts = config.num_candidates > 1 and self.energy_type != "none" and config.do_sample
         rows_at_a_time = config.denoiser_batch_size or rows_at_once(self.denoiser, L)
+        scored_at_a_time = energy_acts and (config.energy_batch_size or rows_at_once(self.energy_model, L))
 
         for step, (t, s) in enumerate(pairwise(times(T).tolist())):
             rows_E = ((reveal_BL == step).any(-1) & ~watch.done_B).nonzero()[:, 0]  # others cost nothing
             for rows_N in rows_E.split(rows_at_a_time) if len(rows_E) else ():
-                now_NL, masked_NL, on_N = reveal_BL[rows_N] == step, reveal_BL[rows_N] >= step, rows_N.to(device)
+                now_NL, masked_NL = reveal_BL[rows_N] == step, reveal_BL[rows_N] >= step
+                on_N = rows_N.to(device, non_blocking=True)
                 mask_NL = None if attention_mask is None else attention_mask[on_N]
                 state = State(xt_BL[on_N], mask_NL, on_N + first_row, step, t, s, seed, process, health)
                 if energy_acts and lo - 1e-9 <= t <= hi + 1e-9:
-                    x_NKL, energy_NK, scored_N = self._score(state, now_NL, masked_NL, config)
+                    x_NKL, energy_NK, scored_N = self._score(state, now_NL, masked_NL, config, scored_at_a_time)
                     u_N = uniforms(seed, state.rows_N, step, CHOICE, 0)
                     kept_N, ess_BT[on_N, step] = choose(energy_NK, config.energy_temperature, u_N)
                     n = torch.arange(len(on_N), device=device)
@@ -252,7 +254,7 @@ class EDLMGenerationMixin:
                     watch.choice(on_N, x_NKL, energy_NK, kept_N)
                 else:
                     x_NL = self._propose(state, now_NL, 1, config)[0][:, 0]
-                xt_BL[on_N] = torch.where(now_NL.to(device), x_NL, state.xt_NL)
+                xt_BL[on_N] = torch.where(now_NL.to(device, non_blocking=True), x_NL, state.xt_NL)
                 nfe_B[on_N] += 1
             if watch.step_end(step, t):
                 break
@@ -260,13 +262,12 @@ class EDLMGenerationMixin:
         health.check()
         return EDLMGenerationOutput(watch.end(), nfe_B, energy_nfe_B, energies_BT, ess_BT, watch.history)
 
-    def _score(self, state: "State", now_NL, masked_NL, config):
+    def _score(self, state: "State", now_NL, masked_NL, config, at_a_time: int):
         """K candidates (N, K, L), their energies (N, K), and how many different ones there were (N,)."""
         is_x0 = self.config.energy_target == "x0"  # a step energy sees only what this step reveals
         varied_NL = now_NL if config.shared_completion else None
         where_NL = masked_NL if is_x0 else now_NL
         x_NKL, log_mu_NK = self._propose(state, where_NL, config.num_candidates, config, varied_NL)
-        at_a_time = config.energy_batch_size or rows_at_once(self.energy_model, x_NKL.shape[-1])
         time = state.t if is_x0 else state.s
         return x_NKL, *candidate_energies(
             self.energy, x_NKL, state.xt_NL, time, log_mu_NK, state.attention_mask, at_a_time
@@ -434,7 +435,7 @@ class Watch:
             self.callback(self.model, step, t, {"sequences": self.xt_BL} | parts)
             self.choices = []
         if hasattr(self.streamer, "put_draft"):
-            self.streamer.put_draft(self.xt_BL[:, self.start :].cpu())
+            self.streamer.put_draft(self.xt_BL[:, self.start :].to("cpu", copy=True))  # the canvas goes on changing
         if self.eos:  # nothing that is still masked comes before the first EOS
             is_open_BL = (self.xt_BL == self.mask_token_id) & self.free_BL & ~self.after_eos()
             self.done_B |= ~is_open_BL.any(-1).cpu()
@@ -483,7 +484,7 @@ class Health:
 
     def __init__(self, num_steps: int, device: torch.device):
         self.num_steps = num_steps
-        self.first = {name: torch.tensor(num_steps, device=device) for name in ("logits", "energies")}
+        self.first = {name: torch.full((), num_steps, device=device) for name in ("logits", "energies")}
 
     def note(self, name: str, is_bad: torch.Tensor, step: int) -> None:
         self.first[name] = torch.where(is_bad, self.first[name].clamp(max=step), self.first[name])

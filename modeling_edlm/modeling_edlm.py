@@ -54,8 +54,9 @@ class EDLMPreTrainedModel(PreTrainedModel):
             return None
         if t is None:
             raise ValueError("t must be given to a model with time_conditioning=True, got None")
-        t_N = torch.as_tensor(t, dtype=torch.float32, device=like.device).expand(like.shape[0])
-        return conditioning(t_N)
+        if not isinstance(t, torch.Tensor):  # filled there: a copy would wait for the device
+            t = torch.full((), t, dtype=torch.float32, device=like.device)
+        return conditioning(t.to(like.device, torch.float32).expand(like.shape[0]))
 
 
 class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMixin, ProposalMixin):
@@ -116,7 +117,7 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMi
     def logit_chunks(self, xt_NL, where_NL, t=None, attention_mask=None):
         encoded = self.encode(xt_NL, t, attention_mask, where_NL=where_NL)
         for chunk_M in position_chunks(where_NL.flatten().nonzero()[:, 0], self.config.vocab_size):
-            chunk_M = chunk_M.to(xt_NL.device)
+            chunk_M = chunk_M.to(xt_NL.device, non_blocking=True)
             yield chunk_M, suppress(self.head(*encoded, chunk_M), self.config.mask_token_id)
 
     def draw_chunks(self, xt_NL, where_NL, uniforms_at, t=None, attention_mask=None, process=None):
@@ -124,7 +125,7 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMi
             yield from super().draw_chunks(xt_NL, where_NL, uniforms_at, t, attention_mask, process)
             return
         encoded, linear = self.encode(xt_NL, t, attention_mask, where_NL=where_NL), self.head.linear
-        where_M = where_NL.flatten().nonzero()[:, 0].to(xt_NL.device)
+        where_M = where_NL.flatten().nonzero()[:, 0].to(xt_NL.device, non_blocking=True)
         drawn = draw_projected(
             self.head.select(*encoded, where_M),
             linear.weight,
@@ -454,7 +455,7 @@ class EDLMModel(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMixin):
         if log_mu is None:
             log_p_NL = self.log_p_x0(xt, t, attention_mask).gather(-1, x[..., None])[..., 0]
             log_mu = torch.where(masked_NL, log_p_NL, 0.0).sum(-1)
-        where_NL = masked_NL if self.energy_type == "coar" else torch.ones_like(masked_NL)
+        where_NL = masked_NL if self.energy_type == "coar" else None
         bos, mask = self.energy_model.config.bos_token_id, self.config.mask_token_id
         return log_mu - causal_log_prob(self.energy_model, x, where_NL, bos, mask, attention_mask)
 

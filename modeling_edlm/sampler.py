@@ -16,7 +16,7 @@ def uniforms(seed: int, *counters: torch.Tensor | int) -> torch.Tensor:
     float64, so that u * total stays below total for any float64 total (23 bits and float32 where float64 is missing).
     """
     device = next((c.device for c in counters if isinstance(c, torch.Tensor)), torch.device("cpu"))
-    state = _mix(torch.tensor(_signed(seed), device=device))
+    state = _mix(torch.full((), _signed(seed), device=device))  # filled there: a copy would wait for the device
     for counter in counters:
         state = _mix(
             state ^ _mix(counter.long() + _GOLDEN if isinstance(counter, torch.Tensor) else _signed(counter + _GOLDEN))
