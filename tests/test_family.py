@@ -127,7 +127,7 @@ def test_minutes_in_all(tmp_path, started):
 def trial(rate, losses, speed=2.0, startup=3.0, failed=False):
     curve = [[step, loss] for step, loss in enumerate(losses, 1)]
     return {"learning_rate": rate, "failed": failed, "steps_per_second": speed, "curve": curve,
-            "startup_seconds": startup}  # fmt: skip
+            "startup_seconds": startup, "evaluation_seconds": 0.5}  # fmt: skip
 
 
 def test_the_plan():
@@ -135,7 +135,7 @@ def test_the_plan():
     trials = [trial(1.0, [9, 5, 3, 3, 1, 1]), trial(2.0, [9, 5, 2, 2]), trial(3.0, [], failed=True)]
     plan = family.planned(trials, 10.0, "x")
     assert plan["learning_rate"] == 2.0 and trials[0]["loss"] == 3 and trials[1]["loss"] == 2
-    assert plan["max_steps"] == int(2.0 * (family.MARGIN * 600 - 3.0))
+    assert plan["max_steps"] == int(2.0 * (family.MARGIN * 600 - 3.0 - family.EVALUATIONS * 0.5))
     assert family.planned([trial(1.0, [1, 1])], 0.01, "x") is None
     with pytest.raises(SystemExit, match="x: every trial failed"):
         family.planned([trial(1.0, [], failed=True)], 1.0, "x")

@@ -182,35 +182,32 @@ class Work:
         return self.family.trial_minutes * self.arguments.time_scale
 
     def trial(self, stage: Stage, learning_rate: float) -> dict:
-        """A short run; None for the loss of one that failed."""
+        """A short run at a constant rate, and an evaluation as the run will have on its way."""
         folder = self.out / stage.name / "trials" / f"{learning_rate:g}"
         shutil.rmtree(folder, ignore_errors=True)
-        known = SCRIPTS[stage.script].__dataclass_fields__
-        quick = {k: v for k, v in {"final_eval_blocks": 4, "eval_sequences": 0}.items() if k in known}
-        own = (
-            self.options(stage)
-            | quick
-            | {
-                "learning_rate": learning_rate,
-                "lr_schedule": "constant_with_warmup",
-                "warmup_steps": TRIAL_WARMUP,
-                "max_steps": 10**9,
-                "eval_steps": 10**9,
-                "max_minutes": self.trial_minutes,
-                "output_dir": folder,
-            }
-        )
-        failed = run_script(stage.script, own)
-        rows = [row for row in read_lines(folder / "metrics.jsonl") if "loss" in row]
-        if not failed and len(rows) < 4:
-            found = f"a trial of {self.trial_minutes:g} minutes logged {len(rows)} times"
-            raise ValueError(f"{stage.name}: {found}: it needs more trial_minutes, or fewer log_steps")
+        own, known = self.options(stage), SCRIPTS[stage.script].__dataclass_fields__
+        own |= {"learning_rate": learning_rate, "lr_schedule": "constant_with_warmup", "warmup_steps": TRIAL_WARMUP}
+        own |= {"max_steps": 10**9, "eval_steps": 10**9, "max_minutes": self.trial_minutes, "output_dir": folder}
+        own |= {"final_eval_blocks": own.get("eval_blocks", known["eval_blocks"].default)}
+        own |= {"eval_sequences": 0} if "eval_sequences" in known else {}
+        found = {"learning_rate": learning_rate, "failed": run_script(stage.script, own) != 0}
+        rows = read_lines(folder / "metrics.jsonl")
         for weights in (folder / "checkpoint.safetensors", folder / "model"):  # large, and of no more use
             shutil.rmtree(weights) if weights.is_dir() else weights.unlink(missing_ok=True)
-        curve = [[row["step"], row["loss"]] for row in rows]
-        speed = median(row["steps_per_second"] for row in rows[len(rows) // 2 :]) if rows else 0.0
-        return {"learning_rate": learning_rate, "failed": bool(failed), "steps_per_second": speed, "curve": curve,
-                "startup_seconds": 60 * self.trial_minutes - curve[-1][0] / speed if speed else None}  # fmt: skip
+        curve = [[row["step"], row["loss"]] for row in rows if "loss" in row]
+        if found["failed"]:
+            return found
+        if len(curve) < 4:
+            logged = f"a trial of {self.trial_minutes:g} minutes logged {len(curve)} times"
+            raise ValueError(f"{stage.name}: {logged}: it needs more trial_minutes, or fewer log_steps")
+        speed = median([row["steps_per_second"] for row in rows if "loss" in row][len(curve) // 2 :])
+        seconds = 60 * self.trial_minutes
+        return found | {
+            "steps_per_second": speed,
+            "startup_seconds": seconds - curve[-1][0] / speed,
+            "evaluation_seconds": rows[-1]["seconds"] - seconds,
+            "curve": curve,
+        }
 
     def story(self) -> dict:
         """What was done in this folder, by all commands so far: of runs that are no longer there, what was written."""
@@ -238,7 +235,7 @@ def planned(trials: list[dict], minutes: float, name: str) -> dict | None:
         late = [loss for step, loss in trial["curve"] if common / 2 < step <= common]
         trial["loss"] = sum(late) / len(late)
     best = min(whole, key=lambda trial: trial["loss"])
-    seconds = MARGIN * 60 * minutes - best["startup_seconds"]
+    seconds = MARGIN * 60 * minutes - best["startup_seconds"] - EVALUATIONS * best["evaluation_seconds"]
     max_steps = int(best["steps_per_second"] * seconds)
     if max_steps < 1:
         return None
