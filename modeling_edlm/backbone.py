@@ -83,7 +83,8 @@ class Rotary(nn.Module):
 def rotate(x_NHLD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the first half of the channels against the second."""
     first, second = x_NHLD.chunk(2, dim=-1)
-    if x_NHLD.requires_grad or cos.requires_grad:
+    # a compiler fuses it anyway, and would break its graph at `out=`
+    if x_NHLD.requires_grad or cos.requires_grad or torch.compiler.is_compiling():
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     y_NHLD = torch.empty_like(x_NHLD)  # filled in place: what is reserved and freed again costs more than the products
     y_first, y_second = y_NHLD.chunk(2, dim=-1)

@@ -585,9 +585,9 @@ def test_equal_candidates_are_scored_once():
 
 @pytest.mark.parametrize("backend", ["eager"] + ["inductor"] * bool(shutil.which("g++") or shutil.which("clang++")))
 def test_compiled_gives_the_same_text(backend, monkeypatch):
-    """The blocks go through torch.compile, with rows padded to a power of two; only its code generator needs a C++
-    compiler."""
-    calls, blocks = [], torch.compile(Backbone.run_blocks, dynamic=False, backend=backend)
+    """The blocks go through torch.compile, whole, with rows padded to a power of two; only its code generator needs a
+    C++ compiler."""
+    calls, blocks = [], torch.compile(Backbone.run_blocks, dynamic=False, backend=backend, fullgraph=True)
     monkeypatch.setattr(
         "modeling_edlm.backbone._compiled_blocks", lambda: lambda *args: calls.append(len(args[1])) or blocks(*args)
     )

@@ -330,7 +330,7 @@ def test_compiled_blocks_train_to_the_same_weights(tokenizer, trained, tmp_path,
         calls.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(Block, "compile", lambda block: torch.nn.Module.compile(block, backend=backend))
+    monkeypatch.setattr(Block, "compile", lambda block: torch.nn.Module.compile(block, backend=backend, fullgraph=True))
     for name in ("false", "true"):
         out = tmp_path / name
         if script == "pretrain":
