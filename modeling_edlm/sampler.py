@@ -16,11 +16,13 @@ def uniforms(seed: int, *counters: torch.Tensor | int) -> torch.Tensor:
     float64, so that u * total stays below total for any float64 total (23 bits and float32 where float64 is missing).
     """
     device = next((c.device for c in counters if isinstance(c, torch.Tensor)), torch.device("cpu"))
-    state = _mix(torch.full((), _signed(seed), device=device))  # filled there: a copy would wait for the device
+    state = _mix(_signed(seed))
     for counter in counters:
         state = _mix(
             state ^ _mix(counter.long() + _GOLDEN if isinstance(counter, torch.Tensor) else _signed(counter + _GOLDEN))
         )
+    if not isinstance(state, torch.Tensor):  # no counter was one
+        state = torch.tensor(state)
     bits, dtype = (23, torch.float32) if device.type == "mps" else (52, torch.float64)
     return _shift(state, 64 - bits).to(dtype) * 2.0**-bits
 

@@ -17,6 +17,7 @@ from .backbone import linear, pad_rows
 PIECE = 32  # tokens: a draw finds its piece first, and projects that again
 ROWS = 2048  # at a time
 BLOCK = defaultdict(lambda: 2**24, cpu=2**20)  # logits at a time, by kind of device: what its caches hold
+GATHERED = defaultdict(lambda: 2**26, cpu=2**20)  # weights of pieces at a time: on a GPU launches cost more than memory
 
 
 def draw_projected(
@@ -72,7 +73,9 @@ def _draw(hidden_MD, weight_VD, bias_V, banned, u_MK):
     for _, logits_MW in blocks(hidden_MD, weight_VD, bias_V, banned):
         tops.append(logits_MW.amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).min))  # all may be -inf
         p_MW = logits_MW.sub_(tops[-1]).exp_()
-        sums.append(nn.functional.pad(p_MW, (0, -p_MW.shape[-1] % PIECE)).unflatten(-1, (-1, PIECE)).sum(-1))
+        if extra := -p_MW.shape[-1] % PIECE:  # of the last block
+            p_MW = nn.functional.pad(p_MW, (0, extra))
+        sums.append(p_MW.unflatten(-1, (-1, PIECE)).sum(-1))
     top_M1 = torch.cat(tops, dim=-1).amax(-1, keepdim=True)
     sums_MC = torch.cat([s * (top - top_M1).exp() for s, top in zip(sums, tops, strict=True)], dim=-1)
     cdf_MC = sums_MC.to(dtype).cumsum(-1)
@@ -85,7 +88,8 @@ def _draw(hidden_MD, weight_VD, bias_V, banned, u_MK):
     x, log_p = [], []
     log_total_M1 = top_M1 + cdf_MC[:, -1:].log().float()
     inside_P = torch.arange(PIECE, device=u_MK.device)
-    for rows_R in torch.arange(len(u_MK), device=u_MK.device).split(max(1, 2**20 // (u_MK.shape[1] * PIECE * D))):
+    at_a_time = max(1, GATHERED[u_MK.device.type] // (u_MK.shape[1] * PIECE * D))
+    for rows_R in torch.arange(len(u_MK), device=u_MK.device).split(at_a_time):
         x_RKP = piece_MK[rows_R, :, None] * PIECE + inside_P
         token_RKP, is_out = x_RKP.clamp(max=V - 1), (x_RKP >= V) | (x_RKP == banned)
         logits_RKP = torch.einsum("rkpd,rd->rkp", weight_VD[token_RKP].float(), hidden_MD[rows_R].float())

@@ -6,17 +6,20 @@ With EDLM_REF set the published code is tested too. Shapes: B batch, L length.
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 import torch
-from bench import published, report, roofline, stages
+from bench import predictions, profile_step, published, report, roofline, stages
 from bench.__main__ import main
-from bench.arguments import BenchArguments
-from bench.measure import Bench, Ours, PeakMemory, Runs
+from bench.arguments import OWN_SIZES, BenchArguments
+from bench.measure import COMPILE_SECONDS, Bench, Budget, LeftOut, Ours, PeakMemory, Published, Runs
 from bench.roofline import Work, share
 from safetensors.torch import load_file
+from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import modeling_edlm.backbone
@@ -31,17 +34,19 @@ SIZE = {
     "cond_dim": 4,
 }
 L, D, V, BLOCKS = (SIZE[name] for name in ("length", "hidden_size", "vocab_size", "num_hidden_layers"))
-MICRO = [part for name, value in SIZE.items() for part in (f"--{name}", str(value))]
-MICRO += "--device cpu --sizes characters --num_steps 4,2 --num_candidates 3,2 --energies none,ar,nce".split()
-MICRO += "--batch_sizes 1,best --trial_batch_sizes 1,2 --repeats 2 --published_steps 4".split()
+SMALL = [part for name, value in SIZE.items() for part in (f"--{name}", str(value))]
+SMALL += "--device cpu --sizes characters --repeats 2".split()
+MICRO = [*SMALL, *"--num_steps 4,2 --num_candidates 3,2 --energies none,ar,nce --batch_sizes 1,best".split()]
+MICRO += "--trial_batch_sizes 1,2 --published_steps 4".split()
+PROFILE = [*SMALL, *"--num_steps 8 --num_candidates 3 --energies ar,nce --steps 2".split()]
 TOP = (
     "command sizes energies energy_windows dtype device device_name cpu_name threads versions git_commit seed date "
     "rows published left_out ceilings published_sha256 total_seconds"
 )
 ROW = (
     "part size energy num_candidates energy_window num_steps batch compile batch_size seconds all_seconds "
-    "seconds_per_sequence tokens_per_second nfe energy_nfe peak_memory_bytes clocked_seconds stage_seconds "
-    "estimated_seconds trial_tokens_per_second"
+    "seconds_per_sequence tokens_per_second nfe energy_nfe warm_up_seconds peak_memory_bytes clocked_seconds "
+    "stage_seconds estimated_seconds trial_tokens_per_second"
 )
 PUBLISHED_FILES = {  # what the bench needs of the published code, and no more
     "diffusion.py": """
@@ -136,6 +141,10 @@ def out(tmp_path_factory, checkout):
     return out
 
 
+def make_bench(repeats: int = 1, minutes: float = 0.0) -> Bench:
+    return Bench("cpu", torch.float32, repeats, Budget(minutes, time.perf_counter()))
+
+
 def make_ours(energy: str, **changes) -> Ours:
     return Ours(energy, SIZE | changes, "cpu", torch.float32, 0)
 
@@ -151,19 +160,19 @@ def test_results_have_every_field(out):
     assert results["versions"].keys() == {"python", "torch", "transformers"}
     assert results["command"].startswith("EDLM_REF=CHECKOUT python -m tests.bench --hidden_size 16 ")
     for row in results["rows"] + results["published"]:
-        extra = {"flops", "bytes", "roofline_share"} if row["part"] == "grid" else set()
-        assert row.keys() - {"ratio", "ratio_to_batch_1"} == set(ROW.split()) | extra
+        extra = {"flops", "bytes", "roofline_share"} if row in results["rows"] else set()
+        assert row.keys() - {"ratio", "ratio_to_batch_1", "ratio_to_best"} == set(ROW.split()) | extra
         assert 1 <= len(row["all_seconds"]) <= 2 and row["seconds"] == median(row["all_seconds"])
         assert row["tokens_per_second"] == pytest.approx(row["batch_size"] * L / row["seconds"])
         assert sum(row["stage_seconds"].values()) == row["clocked_seconds"] > 0
         assert min(row["stage_seconds"].values()) >= 0
         assert (row["stage_seconds"]["energy"] > 0) == (row["energy"] != "none")
         assert row["peak_memory_bytes"] is None or row["peak_memory_bytes"] > 4 * D * V
-    assert all(row["roofline_share"] > 0 for row in results["rows"] if row["part"] == "grid")
+    assert all(row["roofline_share"] > 0 for row in results["rows"])
 
 
 def test_grid_is_a_star(out):
-    rows = [row for row in json.loads(out.read_text())["rows"] if row["part"] == "grid"]
+    rows = json.loads(out.read_text())["rows"]
     keys = ("energy", "num_candidates", "energy_window", "num_steps", "batch")
     found = [tuple(map(str, (row[key] for key in keys))) for row in rows]
     low, all_times = "[1.0, 0.8]", "[1.0, 0.0]"
@@ -171,12 +180,42 @@ def test_grid_is_a_star(out):
     for energy in ("ar", "nce"):
         star = [("3", low, "4", "1"), ("2", low, "4", "1"), ("3", all_times, "4", "1")]
         expected += [(energy, *rest) for rest in [*star, ("3", low, "2", "1"), ("3", low, "4", "best")]]
-    assert found == expected
+    # and beside the published sampler
+    expected += [("none", "1", all_times, "4", "8"), ("ar", "2", low, "4", "8"), ("ar", "2", all_times, "4", "8")]
+    expected += [("ar", "2", all_times, "4", "1")]
+    assert sorted(found) == sorted(expected)
     for row in rows:
-        assert row["batch_size"] in (1, 2) and (row["batch"] == "best") == bool(row["trial_tokens_per_second"])
+        assert row["batch_size"] in (1, 2, 8) and (row["batch"] == "best") == bool(row["trial_tokens_per_second"])
     full = parse_arguments(BenchArguments, "", [*MICRO, "--grid", "full", "--compile", "both"])
     assert len(full.settings("characters", "none")) == 2 * (1 + 2)  # T, and batches of which 1 is compiled too
     assert len(full.settings("characters", "ar")) == 2 * 2 * 2 * (1 + 2)
+
+
+def test_what_matters_most_comes_first():
+    """With the options of a GPU."""
+    options = [f"--{name}={value}" for name, value in BenchArguments.DEFAULTS["cuda"].items()]
+    arguments = parse_arguments(BenchArguments, "", ["--device", "cpu", *options])
+    groups = arguments.groups(with_published=True)
+    energies = ["none", "ar", "coar", "nce"]
+    for number, (part, group) in enumerate(groups):
+        setting = group[0][1]
+        is_usual = setting.num_steps == 128 and (setting.num_candidates, setting.energy_window) in (
+            (8, (1.0, 0.8)),
+            (1, (1.0, 0.0)),
+        )
+        assert is_usual == (number < 8) and part == "published"
+        compiled = [setting.compile for name, setting in group if name == "rows"]
+        assert compiled == ([False, True] if setting.batch == 1 else [False])
+        assert (group[-1][0] == "published") == (number < 8 or setting.batch == 1)
+        if number < 8:
+            assert (setting.batch, setting.energy) == ((1, "best")[number // 4], energies[number % 4])
+    times = [group[0][1].num_steps for _, group in groups]
+    assert times == sorted(times)
+    assert len(groups) == 2 * (2 + 3 * 5)  # batches; T without an energy, and the star of k, windows and T with each
+    alone = arguments.groups(with_published=False)
+    assert [part for part, _ in alone] == ["grid"] * len(groups)
+    ours = [[(name, setting) for name, setting in group if name == "rows"] for _, group in groups]
+    assert [group for _, group in alone] == ours
 
 
 def test_forward_passes_are_counted(out):
@@ -195,16 +234,22 @@ def test_forward_passes_are_counted(out):
 def test_published_rows_stand_beside_ours(out):
     results = json.loads(out.read_text())
     compared = report.compared(results)
-    assert [row["batch_size"] for row, _, _ in compared] == [1, 8, 1, 1, 8, 8]
+    batches = [(row["energy"], row["batch"]) for row, _, _ in compared]
+    assert sorted(batches, key=str) == [("ar", 1)] * 2 + [("ar", 8)] * 2 + [("none", "best"), ("none", 1), ("none", 8)]
     for row, same, first in compared:
-        assert same["batch_size"] == row["batch_size"] and first["batch_size"] == 1
-        assert same["energy_window"] == first["energy_window"] == row["energy_window"]
-        assert row["ratio"] == pytest.approx(row["tokens_per_second"] / same["tokens_per_second"])
-        assert row["ratio_to_batch_1"] == pytest.approx(row["tokens_per_second"] / first["tokens_per_second"])
+        speed = row["tokens_per_second"]
+        assert (same is None) == (row["batch"] == "best") == (row["ratio"] is None)
+        if same is not None:
+            assert same["batch_size"] == row["batch_size"] and row["ratio"] == speed / same["tokens_per_second"]
+        assert first["batch_size"] == 1 and row["ratio_to_batch_1"] == speed / first["tokens_per_second"]
+        assert first["energy_window"] == row["energy_window"]
+        others = [r for r in results["published"] if r["energy"] == row["energy"]]
+        others = [r["tokens_per_second"] for r in others if r["energy_window"] == row["energy_window"]]
+        assert len(others) == 2 and row["ratio_to_best"] == speed / max(others)
     results["published"] = [row for row in results["published"] if row["batch_size"] == 8]
     report.add_ratios(results)
     assert all(row["ratio_to_batch_1"] is None for row in results["rows"] if row["part"] == "published")
-    assert report.published_table(results).count("\n") == 1 + 6
+    assert report.published_table(results).count("\n") == 1 + 7
 
 
 def test_table_and_chart_come_from_the_file(out, capsys):
@@ -213,10 +258,15 @@ def test_table_and_chart_come_from_the_file(out, capsys):
     main(["--from_json", str(out)])
     assert capsys.readouterr().out == report.text(results) + "\n"
     assert "float32" in report.caption(results) and results["device_name"] in report.caption(results)
-    for text, count in ((report.grid_table(results), 13), (report.published_table(results), 6)):
+    for text, count in ((report.grid_table(results), 17), (report.published_table(results), 7)):
         lines = text.splitlines()
         assert len(lines) == 2 + count and len({line.count("|") for line in lines}) == 1
     assert lines[2].startswith("| characters | none |  |  | 4 | 1 |")
+    twice = [row | {"part": part} for part in ("grid", "published") for row, *_ in report.compared(results)]
+    assert report.grid_table({"rows": twice}).count("\n") == 1 + 7  # each setting once
+    for row in twice:
+        del row["ratio_to_best"]
+    assert "its best" not in report.published_table(results | {"rows": twice})
     assert "| best: " in report.grid_table(results)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in out.parent.iterdir()} == {"bench.json", "bench.png"}  # nothing temporary left
@@ -237,6 +287,17 @@ def test_resume_keeps_rows(out, tmp_path, monkeypatch):
     assert again["total_seconds"] > results["total_seconds"]
     with pytest.raises(ValueError, match="resume: .* has seed=0, not 1"):
         main([*MICRO, "--out", str(copy), "--resume", "true", "--seed", "1"])
+
+
+def test_resume_measures_the_published_sampler_alone(out, tmp_path, monkeypatch, checkout):
+    monkeypatch.setenv("EDLM_REF", str(checkout))
+    results, copy = json.loads(out.read_text()), tmp_path / "bench.json"
+    missing = [results["published"].pop() for _ in range(2)]
+    copy.write_text(json.dumps(results))
+    main([*MICRO, "--out", str(copy), "--resume", "true"])
+    again = json.loads(copy.read_text())
+    assert [report.setting_of(row) for row in again["rows"]] == [report.setting_of(row) for row in results["rows"]]
+    assert {report.setting_of(row) for row in again["published"][-2:]} == {report.setting_of(row) for row in missing}
 
 
 def test_long_rows_are_left_out_with_a_reason(tmp_path, monkeypatch):
@@ -260,7 +321,210 @@ def test_out_of_memory_is_a_reason_too(tmp_path, monkeypatch):
     monkeypatch.setattr(Bench, "trial", full)
     main([*MICRO, "--energies", "none", "--out", str(tmp_path / "bench.json")])
     reasons = [row["reason"] for row in json.loads((tmp_path / "bench.json").read_text())["left_out"]]
-    assert reasons == ["out of memory", "out of memory", "out of memory at every batch size"]
+    assert reasons == ["out of memory", "out of memory at every batch size", "out of memory"]
+
+
+def test_an_error_leaves_out_one_row(tmp_path, monkeypatch):
+    monkeypatch.delenv("EDLM_REF", raising=False)
+    run = Ours.run
+
+    def breaks(self, setting, *args, **kwargs):
+        if setting.num_steps == 4 and setting.batch == 1:
+            raise RuntimeError("this does not compile\n  for a long reason")
+        return run(self, setting, *args, **kwargs)
+
+    monkeypatch.setattr(Ours, "run", breaks)
+    main([*MICRO, "--energies", "none", "--out", str(tmp_path / "bench.json")])
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["reason"] for row in results["left_out"]] == ["RuntimeError: this does not compile"]
+    assert [(row["num_steps"], row["batch"]) for row in results["rows"]] == [(4, "best"), (2, 1)]
+
+
+class Clock:
+    """In place of the time: it moves when a sampler works."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def work(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_nothing_is_begun_that_would_end_too_late(tmp_path, monkeypatch):
+    monkeypatch.delenv("EDLM_REF", raising=False)
+    clock, out, ends = Clock(monkeypatch), tmp_path / "bench.json", []
+
+    def run(self, setting, batch_size, compile):
+        clock.work(0.2 * setting.num_steps * self.steps(setting))
+        ends.append(clock.now)
+        return {"nfe": 1.0, "energy_nfe": 0.0}
+
+    def run_steps(self, setting, batch_size, compile, in_window, step_end):
+        for _ in range(setting.num_steps):
+            clock.work(0.2)
+            step_end()
+
+    monkeypatch.setattr(Ours, "run", run)
+    monkeypatch.setattr(Ours, "run_steps", run_steps)
+    ceilings = {"flops_per_second": 1.0, "bytes_per_second": 1.0}
+    monkeypatch.setattr(sys.modules[main.__module__], "ceilings", lambda *_: ceilings)
+    options = [*MICRO, "--energies", "none,ar", "--num_steps", "40,20", "--out", str(out)]
+    every = {setting for _, group in parse_arguments(BenchArguments, "", options).groups(False) for _, setting in group}
+    main([*options, "--max_minutes", "0.3"])
+    results = json.loads(out.read_text())
+    measured = [report.setting_of(row) for row in results["rows"]]
+    left_out = [report.setting_of(row) for row in results["left_out"]]
+    assert max(ends) <= 18 and clock.now <= 18.2 and 0 < len(measured) < len(every)  # a trial ends with its step
+    assert set(measured) | set(left_out) == every and len(measured) + len(left_out) == len(every)
+    assert measured[0].num_steps == 40 and measured[0].batch == 1
+    assert all("left" in row["reason"] for row in results["left_out"]) and "s are left" in report.text(results)
+    clock.now = 1000.0
+    main([*options, "--resume", "true"])  # the limit is of a run, and no part of what is measured
+    again = json.loads(out.read_text())
+    assert again["rows"][: len(measured)] == results["rows"] and not again["left_out"]
+    assert {report.setting_of(row) for row in again["rows"]} == every
+
+
+def test_what_a_row_takes_at_least():
+    bench, setting = make_bench(), make_setting("ar")
+    ours = make_ours("ar")
+    assert bench.least_seconds(ours, setting, 1, 10.0) == 20  # its work is counted, and it is timed
+    compiled = make_setting("ar", compile=True)
+    assert bench.least_seconds(ours, compiled, 1, 10.0) == 40 + 2 * COMPILE_SECONDS
+    ours.recorded[1, compiled.num_candidates, compiled.energy_window] = 0
+    assert bench.least_seconds(ours, compiled, 1, 10.0) == 40
+    late = Budget(1.0, time.perf_counter() - 50)
+    late.check(5.0)
+    with pytest.raises(LeftOut, match="it would take about 15 s, and (9|10) s are left"):
+        late.check(15.0)
+    with pytest.raises(LeftOut, match="no time is left"):
+        Budget(1.0, time.perf_counter() - 100).check(0.0)
+
+
+@pytest.mark.parametrize("kind", ["ours", "published"])
+def test_set_up_is_no_part_of_a_step(kind, monkeypatch, checkout):
+    """Nor are steps that reveal nothing."""
+    clock = Clock(monkeypatch)
+    if kind == "ours":
+        sampler = make_ours("ar")
+        canvas, encode = type(sampler.model)._canvas, sampler.model.denoiser.encode
+        owners = (type(sampler.model), "_canvas", canvas), (sampler.model.denoiser, "encode", encode)
+    else:
+        sampler = Published(published.load(str(checkout)), "ar", SIZE, "cpu", 0)
+        sample, forward = type(sampler.model)._sample, sampler.model.backbone.forward
+        owners = (type(sampler.model), "_sample", sample), (sampler.model.backbone, "forward", forward)
+    costs = {owners[0][1]: [5.0] * 99, owners[1][1]: [3.0] + [1.0] * 99}  # the first pass makes constants
+
+    def costing(name, function):
+        def call(*args, **kwargs):
+            clock.work(costs[name].pop(0))
+            return function(*args, **kwargs)
+
+        return call
+
+    for owner, name, function in owners:
+        monkeypatch.setattr(owner, name, costing(name, function))
+    bench, setting = make_bench(), make_setting("ar", num_steps=20)  # of 20 steps at most 12 reveal one of 12 tokens
+    for in_window in (True, False):
+        costs[owners[1][1]] = [3.0] + [1.0] * 99
+        assert bench.trial(sampler, setting, 1, in_window) == (1.0, 5.0 + 2.0)
+        costs[owners[1][1]] = [3.0] + [1.0] * 99
+        one = make_setting("ar", num_steps=20, num_candidates=setting.num_candidates if in_window else 1)
+        assert profile_step.time_steps(bench, sampler, one, 3) == (1.0, 7.0)
+    costs[owners[1][1]] = [3.0] + [1.0] * 99
+    hi_lo = make_setting("ar", num_steps=4, energy_window=(1.0, 0.0))
+    assert bench.estimate(sampler, hi_lo, 1) == pytest.approx(7.0 + 4 * sampler.steps(hi_lo))
+    with pytest.raises(LeftOut, match="of 4 reveal something, fewer than 7"):
+        costs[owners[1][1]] = [1.0] * 99
+        profile_step.time_steps(bench, sampler, hi_lo, 5)
+
+
+@pytest.fixture(scope="module")
+def profile_out(tmp_path_factory, checkout):
+    out = tmp_path_factory.mktemp("profile") / "profile.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDLM_REF", str(checkout))
+        profile_step.main([*PROFILE, "--out", str(out)])
+    return out
+
+
+def test_profile_has_every_field(profile_out, capsys):
+    results = json.loads(profile_out.read_text())
+    found = [(row["sampler"], row["energy"], row["num_candidates"]) for row in results["rows"]]
+    assert found == [(name, e, k) for e, k in (("ar", 1), ("ar", 3), ("nce", 3)) for name in ("published", "ours")]
+    assert not results["left_out"] and results["published_sha256"]
+    for row in results["rows"]:
+        assert row["ms"] == median(row["all_ms"]) > 0 and len(row["all_ms"]) == 2
+        assert row["busy_ms"] > 0 and 0 <= row["idle_share"] < 1 and row["once_ms"] >= 0 and row["launches"] > 10
+        times = [kernel["ms"] for kernel in row["top"]]
+        assert times == sorted(times, reverse=True) and len(times) <= 10 and sum(times) <= row["busy_ms"] * 1.001
+        assert (row["stage_ms"]["energy"] > 0) == (row["num_candidates"] > 1) and row["stage_ms"]["denoiser"] > 0
+    assert results["rows"][3]["launches"] > results["rows"][1]["launches"]  # an energy is further work
+    profile_out.with_suffix(".png").unlink()
+    profile_step.main(["--from_json", str(profile_out)])
+    assert capsys.readouterr().out == profile_step.text(results) + "\n"
+    assert profile_out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert profile_step.table(results).count("\n") == 1 + 6
+
+
+def test_profile_goes_on_where_time_ended(profile_out, tmp_path, monkeypatch):
+    monkeypatch.delenv("EDLM_REF", raising=False)
+    out, before = tmp_path / "profile.json", json.loads(profile_out.read_text())
+    profile_step.main([*PROFILE, "--max_minutes", "1e-9", "--out", str(out)])
+    results = json.loads(out.read_text())
+    assert not results["rows"] and [row["reason"] for row in results["left_out"]] == ["no time is left"] * 3
+    out.write_text(json.dumps(before | {"rows": before["rows"][:-1]}))
+    profile_step.main([*PROFILE, "--resume", "true", "--out", str(out)])
+    again = json.loads(out.read_text())
+    assert again["rows"][:-1] == before["rows"][:-1] and again["rows"][-1]["sampler"] == "ours"
+    assert report.setting_of(again["rows"][-1]) == report.setting_of(before["rows"][-1]) and not again["left_out"]
+
+
+def test_kernels_and_launches_are_told_apart():
+    def event(name, microseconds=0.0, device=False, annotation=False):
+        kind = DeviceType.CUDA if device else DeviceType.CPU
+        span = SimpleNamespace(elapsed_us=lambda: microseconds)
+        about = {"is_user_annotation": annotation, "cpu_children": [], "self_cpu_time_total": microseconds}
+        return SimpleNamespace(name=name, device_type=kind, time_range=span, **about)
+
+    events = [event("gemm", 300.0, device=True)] * 4 + [event("Memcpy HtoD", 100.0, device=True)] * 2
+    events += [event("range", 5000.0, device=True, annotation=True), event("aten::mm", 7000.0)]
+    events += [event("cudaLaunchKernel")] * 3 + [event("cuLaunchKernelEx"), event("cudaGraphLaunch")]
+    events += [event("cudaStreamSynchronize")] * 2 + [event("cudaDeviceSynchronize"), event("cudaMemcpyAsync")] * 2
+    found = profile_step.summary(events, 2, on_cuda=True)
+    assert found["busy_ms"] == pytest.approx(0.7) and found["launches"] == 2.5 and found["waits"] == 1
+    assert found["host_calls"] == {"cudaStreamSynchronize": 1, "cudaMemcpyAsync": 1, "cudaGraphLaunch": 0.5}
+    gemm, copy = found["top"]
+    assert gemm == {"name": "gemm", "ms": pytest.approx(0.6), "calls": 2} and copy["calls"] == 1
+
+
+def test_predictions_are_shown_for_the_full_size_alone():
+    def row(batch, seconds, k=8, compile=False, T=128, window=(1.0, 0.8), energy="ar"):
+        about = {"size": "subwords", "energy": energy, "num_candidates": k, "energy_window": list(window)}
+        size = 16 if batch == "best" else batch
+        about |= {"num_steps": T, "batch": batch, "batch_size": size, "compile": compile}
+        return about | {"seconds_per_sequence": seconds}
+
+    ours = [row(1, 0.512), row(1, 0.128, compile=True), row("best", 0.256), row(1, 9.0, T=32), row(8, 9.0)]
+    results = {"device": "cuda", "sizes": "subwords", "rows": ours, "published": [row(1, 1.76, T=1024), row(8, 9.0)]}
+    results |= dict.fromkeys(OWN_SIZES)
+    found = [(what, predicted, measured) for what, _, predicted, measured in predictions.compared(results)]
+    assert found == [
+        ("ms per step: ours, batch 1", 4.64, 4.0),
+        ("ms per step: ours, batch 1, compiled", 2.00, 1.0),
+        ("ms per step: ours, best batch", 1.59, 2.0),
+        ("s per sequence: ours, best batch", 0.203, 0.256),
+        ("s per sequence: published, batch 1", 4.81, 1.76),
+    ]
+    assert report.predicted_table(results).splitlines()[2].endswith("| 4.64 | 4 | 0.86 |")
+    assert predictions.compared(results | {"length": 1024, "vocab_size": 50258}) != []
+    for change in ({"device": "cpu"}, {"length": 512}, {"sizes": "characters"}):
+        assert predictions.compared(results | change) == []
+    # both tables are of one estimate
+    for what, place in (("published, batch 1", 0), ("ours, best batch", 1)):
+        for which, pair in zip(predictions.COLUMNS[1:4], predictions.SECONDS_PER_SEQUENCE[128][1:4], strict=True):
+            assert pair[place] == pytest.approx(0.128 * predictions.MS_PER_STEP[what][which[:2]], rel=0.02)
 
 
 @pytest.mark.parametrize("energy", ["none", "ar", "nce"])
@@ -343,7 +607,7 @@ def test_what_is_compiled_is_warmed_up_but_not_counted(monkeypatch):
     for compile, runs in ((False, [False, False, False]), (True, [False, True, True, True, True])):
         asked.clear()
         setting = make_setting("none", compile=compile)
-        bench = Bench("cpu", torch.float32, 2)
+        bench = make_bench(repeats=2)
         measured = Runs(bench, make_ours("none"), setting, 1, ceilings)
         bench.take_turns([measured], 100.0)
         row = measured.row()
@@ -364,7 +628,7 @@ def test_samplers_take_turns(monkeypatch):
 
     for most, turns in ((100.0, 3), (5.0, 2), (0.0, 1)):
         order.clear()
-        Bench("cpu", torch.float32, 3).take_turns([Counted("ours", 1.0), Counted("theirs", 2.0)], most)
+        make_bench(repeats=3).take_turns([Counted("ours", 1.0), Counted("theirs", 2.0)], most)
         assert order == ["ours", "theirs"] * turns
 
 
@@ -376,7 +640,7 @@ def test_best_batch_stops_before_it_takes_too_long(monkeypatch):
         return 1 + 0.5 * batch_size
 
     monkeypatch.setattr(Bench, "estimate", estimate)
-    bench, ours = Bench("cpu", torch.float32, 1), make_ours("none")
+    bench, ours = make_bench(), make_ours("none")
     speeds = bench.best(ours, make_setting("none"), [64, 1, 8, 16], 13.0)
     assert tried == [1, 8, 16] and speeds == {n: n * L / (1 + 0.5 * n) for n in tried}  # 64 of them: about 36 s
 
@@ -402,8 +666,25 @@ def test_imports_of_the_published_code_are_undone(checkout):
         assert type(sampler).__name__ == classes[0] and not sampler.training
         assert energy == "none" or type(sampler.ebm).__name__ == classes[1]
         assert published.generate(sampler, 2, 3, 2, (1.0, 0.0)).shape == (3, L)
+    sampler._sample = lambda num_steps: (_ for _ in ()).throw(RuntimeError("CUDA out of memory. Tried to allocate"))
+    with pytest.raises(torch.OutOfMemoryError):  # as TorchScript says it
+        published.generate(sampler, 2, 3, 2, (1.0, 0.0))
+    sampler._sample = lambda num_steps: (_ for _ in ()).throw(RuntimeError("another"))
+    with pytest.raises(RuntimeError, match="another"):
+        published.generate(sampler, 2, 3, 2, (1.0, 0.0))
     with pytest.raises(ValueError, match="EDLM_REF.*nowhere"):
         published.load("nowhere")
+
+
+def test_rotation_stands_in_for_the_kernel():
+    torch.manual_seed(0)
+    qkv_BL3HD, (cos_LD, sin_LD) = torch.randn(2, 5, 3, 4, 6), torch.randn(2, 5, 3)
+    first, second = qkv_BL3HD.clone().chunk(2, dim=-1)
+    cos, sin = cos_LD[:, None, None], sin_LD[:, None, None]
+    expected = torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+    expected[:, :, 2] = qkv_BL3HD[:, :, 2]  # values are not turned
+    assert published.rotate_in_place(qkv_BL3HD, cos_LD, sin_LD) is qkv_BL3HD
+    torch.testing.assert_close(qkv_BL3HD, expected)
 
 
 if os.environ.get("EDLM_REF"):  # a check of the stand-ins, for whoever has the published code to measure
@@ -464,6 +745,7 @@ if os.environ.get("EDLM_REF"):  # a check of the stand-ins, for whoever has the 
         ("repeats", "0"),
         ("row_seconds", "-1"),
         ("published_steps", "-1"),
+        ("max_minutes", "-1"),
         ("published_row_seconds", "-2"),
         ("num_threads", "-3"),
         ("hidden_size", "15"),
@@ -479,3 +761,13 @@ def test_bad_options_are_named(option, value):
     with pytest.raises(ValueError, match=option) as error:
         main([*MICRO, f"--{option}", value])
     assert all(part in str(error.value) for part in value.replace(";", ",").split(",")[-1:])
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("num_steps", "8,16"), ("num_steps", "3"), ("steps", "0"), ("batch_sizes", "0"), ("energies", "lstm")],
+)
+def test_bad_options_of_the_profile_are_named(option, value):
+    with pytest.raises(ValueError, match=option) as error:
+        profile_step.main([*PROFILE, f"--{option}", value])
+    assert value in str(error.value)

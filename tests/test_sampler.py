@@ -9,7 +9,7 @@ from scipy.stats import chi2, kstest
 from modeling_edlm.backbone import linear, suppress
 from modeling_edlm.sampler import choose, draw, uniforms
 from modeling_edlm.schedule import alpha, antithetic_times, conditioning, dalpha, q_sample, reveal_steps, times
-from modeling_edlm.vocabulary import BLOCK, draw_projected, log_prob_projected
+from modeling_edlm.vocabulary import BLOCK, GATHERED, draw_projected, log_prob_projected
 
 ALPHA = 1e-4
 
@@ -158,6 +158,7 @@ def test_edges_of_a_projection(V, monkeypatch):
         assert logits_MV.gather(-1, x_MK).isfinite().all() and log_p_MK.isfinite().all()
         with monkeypatch.context() as few_rows:
             few_rows.setattr("modeling_edlm.vocabulary.ROWS", 2)
+            few_rows.setitem(GATHERED, "cpu", 1)
             parts = draw_projected(hidden_MD, weight_VD, bias_V, banned, u_MK)
         assert torch.equal(parts[0], x_MK)
         log_p_MV = logits_MV.log_softmax(-1)

@@ -5,145 +5,116 @@
     python -m tests.bench --from_json hub_cards/results/bench-cpu.json
 
 Every option that is a list has the usual value first: the grid "star" is the setting of all first values and those that
-differ from it in one. Results are written after every row; --resume true goes on with what is there.
+differ from it in one. What matters most is measured first, and results are written after every row. --max_minutes
+leaves out what would not end in time, and --resume true goes on with it.
 """
 
-import gc
-import os
-import shlex
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from functools import lru_cache
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from tqdm.auto import tqdm
 
-from training.results import machine, read_results, write_json, write_whole
+from training.results import read_results, write_json, write_whole
 from training.trainer import parse_arguments
 
-from . import published, report
+from . import report
 from .arguments import BenchArguments
-from .measure import Bench, Ours, Published, Runs, Setting
+from .measure import Bench, Budget, LeftOut, Ours, Published, Runs, Setting, make_sampler, reason
+from .record import reference_code, start_results
 from .roofline import ceilings
 
-NOT_RECORDED = ("out", "resume", "from_json")
-REFERENCE = "EDLM_REF"
+NEARLY_BEST = 0.98  # of the speed: a batch size that is smaller takes less time to measure
 
 
 class Session:
     """Measures what is not in the results yet, and writes them after every row."""
 
     def __init__(
-        self, arguments: BenchArguments, results: dict, reference: SimpleNamespace | None, progress: tqdm, start: float
+        self,
+        arguments: BenchArguments,
+        results: dict,
+        reference: SimpleNamespace | None,
+        bench: Bench,
+        progress: tqdm,
+        start: float,
     ):
-        self.arguments, self.results, self.reference, self.progress = arguments, results, reference, progress
-        self.bench = Bench(arguments.device, getattr(torch, arguments.dtype), arguments.repeats)
-        self.sizes = arguments.all_sizes()
+        self.arguments, self.results, self.bench, self.progress = arguments, results, bench, progress
         self.start = start - results["total_seconds"]
-        self.sampler = lru_cache(maxsize=2)(self._sampler)
+        self.sampler = cache(lambda *which: make_sampler(arguments, reference, *which))
 
-    def grid(self, size: str, energy: str) -> None:
-        groups = [[("rows", setting)] for setting in self.arguments.settings(size, energy)]
-        self.measure("grid", groups, self.arguments.row_seconds)
-
-    def beside(self, size: str, energy: str) -> None:
-        """Ours and the published sampler by turns, of which the latter cannot be compiled."""
-        groups = {}
-        for setting in self.arguments.published_settings(size, energy):
-            groups.setdefault(replace(setting, compile=False), []).append(("rows", setting))
-        groups = [[*ours, ("published", setting)] for setting, ours in groups.items()]
-        self.measure("published", groups, self.arguments.published_row_seconds)
-
-    def measure(self, part: str, groups: list[list[tuple[str, Setting]]], most: float) -> None:
-        """Into the lists named: a row for each setting that is not there and takes at most so many seconds."""
-        self.sampler.cache_clear()
-        gc.collect()
-        ceilings = self.results["ceilings"] if part == "grid" else None
-        for group in groups:
-            runs, batch_size = [], None
-            for name, setting in group:
-                if setting in (report.setting_of(row) for row in self.results[name] if row["part"] == part):
-                    continue
-                self.progress.set_description(f"{'published: ' * (name == 'published')}{setting.label()}")
+    def measure(self, part: str, group: list[tuple[str, Setting]]) -> None:
+        """Into the lists named: a row for each setting that is not there and does not take too long."""
+        runs, reserved = [], 0.0
+        known = [row["batch_size"] for row in self.results["rows"] if report.setting_of(row) == group[0][1]]
+        batch_size = known[-1] if known else None
+        with_published = any(name == "published" for name, _ in group)
+        most = self.arguments.published_row_seconds if with_published else self.arguments.row_seconds
+        for name, setting in group:
+            if self.has(name, part, setting):
+                continue
+            self.progress.set_description(f"{'published: ' * (name == 'published')}{setting.label()}")
+            self.bench.tidy()
+            with self.leaving_out(name, part, setting):
+                self.bench.budget.check(reserved)
                 sampler = self.sampler(name, setting.size, setting.energy)
-                with self.leaving_out(name, part, setting):
-                    batch_size, about = self.plan(sampler, setting, batch_size, most)
-                    runs.append((name, about, Runs(self.bench, sampler, setting, batch_size, ceilings)))
+                batch_size, about = self.plan(sampler, setting, batch_size, most, reserved)
+                counted = self.results["ceilings"] if name == "rows" else None
+                runs.append((name, about, Runs(self.bench, sampler, setting, batch_size, counted)))
+                reserved += about["estimated_seconds"] * self.bench.least_runs
+        if runs:
             with self.leaving_out("rows", part, group[0][1]):  # all of them, if memory ends only now
                 self.bench.take_turns([run for *_, run in runs], most)
                 for name, about, run in runs:
                     self.results[name].append({"part": part} | run.row() | about)
-            self.write()
+        self.write()
 
-    def _sampler(self, name: str, size: str, energy: str) -> Ours | Published:
-        size, bench, seed = self.sizes[size], self.bench, self.arguments.seed
-        if name == "published":
-            return Published(self.reference, energy, size, bench.device, seed)
-        return Ours(energy, size, bench.device, bench.dtype, seed)
+    def has(self, name: str, part: str, setting: Setting) -> bool:
+        """Whether it was measured, beside the published sampler if that is asked for."""
+        found = [row for row in self.results[name] if report.setting_of(row) == setting]
+        return any(part == "grid" or row["part"] == part for row in found)
 
     @contextmanager
     def leaving_out(self, name: str, part: str, setting: Setting):
         try:
             yield
-        except (LeftOut, torch.OutOfMemoryError) as error:
-            reason = str(error) if isinstance(error, LeftOut) else "out of memory"
-            about = {"list": name, "part": part, "label": setting.label(), "reason": reason}
+        except (LeftOut, RuntimeError) as error:
+            label = "published: " * (name == "published") + setting.label()
+            about = {"list": name, "part": part, "label": label, "reason": reason(error)}
             self.results["left_out"].append(about | asdict(setting))
-            self.progress.write(f"left out, {setting.label()}: {reason}")
+            self.progress.write(f"left out, {label}: {about['reason']}")
 
     def plan(
-        self, sampler: Ours | Published, setting: Setting, batch_size: int | None, most: float
+        self, sampler: Ours | Published, setting: Setting, batch_size: int | None, most: float, reserved: float
     ) -> tuple[int, dict]:
         """The batch size, if it is not given, and what the trials said."""
         speeds = {}
         if batch_size is None and setting.batch == "best":
+            if isinstance(sampler, Published):
+                raise LeftOut("there is no best batch of ours")
             sizes = self.arguments.listed("trial_batch_sizes", int)
             speeds = self.bench.best(sampler, setting, sizes, most)
             if not speeds:
                 raise LeftOut("out of memory at every batch size")
-            batch_size = max(speeds, key=speeds.get)
+            batch_size = min(b for b, speed in speeds.items() if speed >= NEARLY_BEST * max(speeds.values()))
             estimate = batch_size * sampler.length / speeds[batch_size]
         else:
             batch_size = setting.batch if batch_size is None else batch_size
             estimate = self.bench.estimate(sampler, setting, batch_size)
         if estimate > most:
             raise LeftOut(f"a run would take about {estimate:.0f} s, more than {most:g} s")
+        self.bench.budget.check(reserved + self.bench.least_seconds(sampler, setting, batch_size, estimate))
         return batch_size, {"estimated_seconds": estimate, "trial_tokens_per_second": speeds}
 
     def write(self) -> None:
         self.results["total_seconds"] = time.perf_counter() - self.start
         report.add_ratios(self.results)
         write_json(Path(self.arguments.out), self.results)
-
-
-class LeftOut(Exception):
-    """Why a row is not measured."""
-
-
-def start_results(arguments: BenchArguments, argv: list[str], reference: SimpleNamespace | None) -> dict:
-    """The results so far: those of the file where they go on, else no rows."""
-    options = {name: value for name, value in asdict(arguments).items() if name not in NOT_RECORDED}
-    prefix = f"{REFERENCE}=CHECKOUT " if reference is not None else ""
-    about = {"command": prefix + shlex.join(["python", "-m", "tests.bench", *argv])} | options | machine()
-    about["device_name"] = torch.cuda.get_device_name() if arguments.device == "cuda" else about["cpu_name"]
-    about["published_sha256"] = reference and reference.sha256
-    if arguments.resume and Path(arguments.out).exists():
-        results = read_results(arguments.out)
-        names = [*options, "device_name", "threads"]
-        names += ["published_sha256"] if reference is not None and results.get("published") else []
-        for name in names:
-            if results.get(name) != about[name]:
-                raise ValueError(f"resume: {arguments.out} has {name}={results.get(name)!r}, not {about[name]!r}")
-        kept = {name: results[name] for name in ("rows", "published", "ceilings", "total_seconds")}
-        about["published_sha256"] = about["published_sha256"] or results["published_sha256"]
-        return about | kept | {"left_out": []}  # these are tried again
-    wait = torch.cuda.synchronize if arguments.device == "cuda" else lambda: None
-    measured = ceilings(arguments.device, getattr(torch, arguments.dtype), wait)
-    return about | {"ceilings": measured, "total_seconds": 0.0, "rows": [], "published": [], "left_out": []}
 
 
 def show(results: dict, out: Path) -> None:
@@ -159,20 +130,17 @@ def main(argv: list[str] | None = None) -> None:
         return
     if arguments.num_threads:
         torch.set_num_threads(arguments.num_threads)
-    reference = None
-    if os.environ.get(REFERENCE) and arguments.published_steps:
-        reference = published.load(os.environ[REFERENCE])
-    results = start_results(arguments, argv, reference)
-    todo = [(Session.grid, size, energy) for size in arguments.all_sizes() for energy in arguments.listed("energies")]
-    if reference is not None:
-        energies = arguments.listed("published_energies")
-        todo += [(Session.beside, size, energy) for size in arguments.all_sizes() for energy in energies]
-    with tqdm(todo) as progress:
-        session = Session(arguments, results, reference, progress, start)
-        for part, size, energy in progress:
-            part(session, size, energy)
+    reference = reference_code() if any(arguments.listed("published_steps", int)) else None
+    results = start_results(arguments, "tests.bench", argv, reference, kept=("rows", "published", "ceilings"))
+    budget, dtype = Budget(arguments.max_minutes, start), getattr(torch, arguments.dtype)
+    bench = Bench(arguments.device, dtype, arguments.repeats, budget)
+    if "ceilings" not in results:
+        results |= {"ceilings": ceilings(arguments.device, dtype, bench.wait), "rows": [], "published": []}
+    with tqdm(arguments.groups(reference is not None)) as progress:
+        session = Session(arguments, results, reference, bench, progress, start)
+        for part, group in progress:
+            session.measure(part, group)
     out = Path(arguments.out)
-    session.write()
     show(results, out)
     print(f"\nresults: {out}, {out.with_suffix('.png')}; {results['total_seconds']:.0f} s in all")
 

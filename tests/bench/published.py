@@ -1,8 +1,8 @@
 """The published sampler, run from a checkout of github.com/MinkaiXu/Energy-Diffusion-LLM as it is.
 
 Its `_sample` and networks are unmodified. Only packages that it imports and sampling does not need, or that need a GPU,
-are replaced while it is imported: flash-attn's attention by torch's, and its rotary positions by an equal function.
-Its objects are made without `__init__`, which would load checkpoints by fixed paths.
+are replaced while it is imported: flash-attn's attention by torch's, and its rotary positions by an equal function, of
+five kernels where flash-attn has one. Its objects are made without `__init__`, which loads checkpoints by fixed paths.
 Shapes: B batch, L length, H heads, D width of a head, P all B * L positions.
 """
 
@@ -10,9 +10,11 @@ import importlib
 import sys
 import warnings
 from contextlib import contextmanager
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -21,6 +23,8 @@ from .stages import Target
 
 OWN = ("diffusion", "noise_schedule", "models", "models.dit", "models.autoregressive")
 EBM_BACKBONES = {"ar": "ar", "coar": "ar", "nce": "dit"}
+# how TorchScript and cuBLAS, which know no OutOfMemoryError, say it
+FULL = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class LightningModule(nn.Module):
@@ -51,7 +55,9 @@ def rotate_in_place(qkv_BL3HD, cos_LD, sin_LD) -> torch.Tensor:
     """The first half of the channels of queries and keys against the second."""
     first, second = qkv_BL3HD[:, :, :2].chunk(2, dim=-1)
     cos, sin = cos_LD[:, None, None], sin_LD[:, None, None]
-    qkv_BL3HD[:, :, :2] = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    rotated = (first * cos).addcmul_(second, sin, value=-1)
+    second.mul_(cos).addcmul_(first, sin)
+    first.copy_(rotated)
     return qkv_BL3HD
 
 
@@ -109,7 +115,7 @@ def load(checkout: str) -> SimpleNamespace:
     return SimpleNamespace(**modules, sha256=sha256((path / "diffusion.py").read_bytes()).hexdigest())
 
 
-def make_sampler(reference: SimpleNamespace, energy: str, size: dict, seed: int = 0) -> nn.Module:
+def make_sampler(reference: SimpleNamespace, energy: str, size: dict, seed: int = 0, device: str = "cpu") -> nn.Module:
     """A `Diffusion`, or an `EBM`, with noise on every weight, in eval mode and float32."""
     model = SimpleNamespace(
         hidden_size=size["hidden_size"],
@@ -150,6 +156,7 @@ def make_sampler(reference: SimpleNamespace, energy: str, size: dict, seed: int 
         sampler.ebm.vocab_proj = nn.Linear(2 * D, D)
         sampler.ebm.output_layer = reference.dit.DDitFinalLayer(D, D, size["cond_dim"])
         sampler.ebm.energy_head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 1, bias=False))
+    sampler.to(device)
     with torch.no_grad():
         for parameter in sampler.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
@@ -157,13 +164,23 @@ def make_sampler(reference: SimpleNamespace, energy: str, size: dict, seed: int 
 
 
 def generate(sampler: nn.Module, num_steps: int, batch_size: int, num_candidates: int, window, last_pass: bool = True):
-    """Tokens (B, L). `last_pass`: the pass after the last step that fills what is left, as in its configuration."""
+    """Tokens (B, L). `last_pass`: the pass after the last step that fills what is left, as in its configuration.
+
+    Raises torch.OutOfMemoryError, whatever the library that ran out of memory raised.
+    """
     config = sampler.config
     config.loader.eval_batch_size, config.sampling.noise_removal = batch_size, last_pass
     config.sampling.is_size, (config.sampling.is_start, config.sampling.is_end) = num_candidates, window
-    with warnings.catch_warnings():  # its way to ask for autocast is deprecated, and does nothing on a CPU
+    # the name by which it asks for autocast is deprecated, and warns at a cost of microseconds forty times in a pass
+    autocast = patch.object(torch.cuda.amp, "autocast", partial(torch.amp.autocast, "cuda"))
+    with autocast, warnings.catch_warnings():  # on a CPU it does nothing
         warnings.simplefilter("ignore")
-        return sampler._sample(num_steps=num_steps)
+        try:
+            return sampler._sample(num_steps=num_steps)
+        except RuntimeError as error:
+            if any(words in str(error) for words in FULL):
+                raise torch.OutOfMemoryError("out of memory") from None
+            raise
 
 
 def stage_targets(reference: SimpleNamespace, sampler: nn.Module) -> list[Target]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from . import predictions
 from .measure import Setting
 from .stages import STAGES
 
@@ -18,8 +19,11 @@ PUBLISHED_CAPTION = (
     "The published sampler ({checkout}) and `generate()`, same sizes, T, k and window, by turns. Its own code, "
     "with torch's attention in place of flash-attn's and an equal function for its rotary positions; float32, on a GPU "
     "with its own bfloat16 autocast; the pass after its last step is in. {runs} after a trial. x: tokens/s of "
-    "ours over its at the same batch, and over its at batch 1. Stages in milliseconds for a step and sequence, theirs "
-    "/ ours; draw: softmax and draws."
+    "ours over its at the same batch, and over its at batch 1{best}. Stages in milliseconds for a step and sequence, "
+    "theirs / ours; draw: softmax and draws."
+)
+PREDICTED_CAPTION = (
+    "Predicted before anything was measured (tests/bench/predictions.py), measured here, and measured over predicted."
 )
 
 
@@ -40,9 +44,20 @@ def compared(results: dict) -> list[tuple[dict, dict | None, dict | None]]:
 
 def add_ratios(results: dict) -> None:
     """Into our rows: tokens/s over the published sampler's, None where that was not measured."""
+    best = {}
+    for row in results["published"]:
+        setting = setting_of(row, batch=None)
+        best[setting] = max(best.get(setting, 0.0), row["tokens_per_second"])
     for row, same, first in compared(results):
         for name, other in (("ratio", same), ("ratio_to_batch_1", first)):
             row[name] = other and row["tokens_per_second"] / other["tokens_per_second"]
+        other = best.get(setting_of(row, compile=False, batch=None))
+        row["ratio_to_best"] = other and row["tokens_per_second"] / other
+
+
+def grid_rows(results: dict) -> list[dict]:
+    """Of ours, those whose work was counted, each setting once."""
+    return list({setting_of(row): row for row in results["rows"] if "roofline_share" in row}.values())
 
 
 def caption(results: dict) -> str:
@@ -74,9 +89,7 @@ def _gib(row: dict) -> str:
 def grid_table(results: dict) -> str:
     head = "size energy k t T batch seconds s/sequence tokens/s NFE".split(" ") + ["energy NFE", "peak GiB"]
     rows = []
-    for row in results["rows"]:
-        if row["part"] != "grid":
-            continue
+    for row in grid_rows(results):
         cells = [f"{row['seconds']:.3g}", f"{row['seconds_per_sequence']:.3g}", f"{row['tokens_per_second']:,.0f}"]
         cells += [f"{row['nfe']:.1f}", f"{row['energy_nfe']:.1f}", _gib(row), f"{row['roofline_share']:.0%}"]
         cells += [f"{row['stage_seconds'][stage] / row['clocked_seconds']:.0%}" for stage in STAGES]
@@ -85,14 +98,30 @@ def grid_table(results: dict) -> str:
 
 
 def published_table(results: dict) -> str:
-    head = "size energy k t T batch".split(" ") + ["its tokens/s", "ours", "x", "x its batch 1", "peak GiB", *STAGES]
+    names = {"ratio": "x", "ratio_to_batch_1": "x its batch 1"}
+    names |= {"ratio_to_best": "x its best"} if has_best(results) else {}
+    head = "size energy k t T batch".split(" ") + ["its tokens/s", "ours", *names.values(), "peak GiB", *STAGES]
     rows = []
     for row, same, _ in compared(results):
-        ratios = ["" if row[name] is None else f"{row[name]:.1f}" for name in ("ratio", "ratio_to_batch_1")]
+        ratios = ["" if row[name] is None else f"{row[name]:.1f}" for name in names]
         speeds = ["" if r is None else f"{r['tokens_per_second']:,.0f}" for r in (same, row)]
         memory = " / ".join("" if r is None else _gib(r) for r in (same, row))
         stages = [" / ".join("" if r is None else f"{_step(r, stage):.3g}" for r in (same, row)) for stage in STAGES]
         rows.append(_setting_cells(row) + speeds + ratios + [memory] + stages)
+    return _markdown(head, rows)
+
+
+def has_best(results: dict) -> bool:
+    """Older results do not compare with the best of its batches."""
+    return all("ratio_to_best" in row for row, *_ in compared(results))
+
+
+def predicted_table(results: dict) -> str:
+    head = ["what", *"energy k t T batch predicted measured ratio".split()]
+    rows = []
+    for what, row, predicted, measured in predictions.compared(results):
+        numbers = [f"{predicted:.3g}", f"{measured:.3g}", f"{measured / predicted:.2f}"]
+        rows.append([what, *_setting_cells(row)[1:], *numbers])
     return _markdown(head, rows)
 
 
@@ -107,7 +136,10 @@ def text(results: dict) -> str:
         checkout = f"diffusion.py with SHA-256 {results['published_sha256'][:12]}"
         runs = [len(row["all_seconds"]) for row in results["published"]]
         runs = "One run of it" if max(runs) == 1 else f"Up to {max(runs)} runs of it"
-        parts += [PUBLISHED_CAPTION.format(checkout=checkout, runs=runs), published_table(results)]
+        best = ", and over its best of these batches" if has_best(results) else ""
+        parts += [PUBLISHED_CAPTION.format(checkout=checkout, runs=runs, best=best), published_table(results)]
+    if predictions.compared(results):
+        parts += [PREDICTED_CAPTION, predicted_table(results)]
     if results["left_out"]:
         parts.append("Left out:\n" + "\n".join(f"- {row['label']}: {row['reason']}" for row in results["left_out"]))
     return "\n\n".join(parts)
@@ -115,7 +147,7 @@ def text(results: dict) -> str:
 
 def plot(results: dict, path: Path) -> None:
     """Tokens per second of every row; beside it the stages of both samplers, the published one's time being 1."""
-    grid = [row for row in results["rows"] if row["part"] == "grid"]
+    grid = grid_rows(results)
     pairs = [(row, same) for row, same, _ in compared(results) if same is not None]
     panels = [draw for draw, rows in ((_plot_grid, grid), (_plot_pairs, pairs)) if rows]
     height = 1.5 + 0.2 * max(len(grid), 2 * len(pairs))

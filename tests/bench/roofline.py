@@ -22,6 +22,8 @@ ATTENTION = (
 )
 MATRIX_SIZES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192, 16384)}
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}
+REPEATS = {"cpu": 5, "cuda": 20}  # of which the best counts
+WARM_UP = {"cpu": 1, "cuda": 5}  # a GPU raises its clock under load
 
 
 class Work(TorchDispatchMode):
@@ -54,12 +56,16 @@ def is_causal(function, args, kwargs) -> bool:
 
 
 def ceilings(device: str, dtype: torch.dtype, wait: Callable[[], None]) -> dict:
-    """FLOPs per second of the best square matrix product, bytes per second of a copy (read and written)."""
+    """FLOPs per second of the best square matrix product, bytes per second of a copy (read and written).
 
-    def best(call: Callable[[], object], repeats: int = 5) -> float:
-        call()
+    Of random numbers: a GPU needs less power for constant ones, and is faster.
+    """
+
+    def best(call: Callable[[], object]) -> float:
+        for _ in range(WARM_UP[device]):
+            call()
         seconds = []
-        for _ in range(repeats):
+        for _ in range(REPEATS[device]):
             wait()
             start = time.perf_counter()
             call()
@@ -71,7 +77,7 @@ def ceilings(device: str, dtype: torch.dtype, wait: Callable[[], None]) -> dict:
     for size in MATRIX_SIZES[device]:
         a, b = torch.randn(2, size, size, device=device).to(dtype)
         speeds[size] = 2 * size**3 / best(lambda a=a, b=b: a @ b)
-    source = torch.ones(COPY_BYTES[device] // dtype.itemsize, device=device, dtype=dtype)
+    source = torch.randn(COPY_BYTES[device] // dtype.itemsize, device=device, dtype=dtype)
     target = torch.empty_like(source)
     size = max(speeds, key=speeds.get)
     return {
