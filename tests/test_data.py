@@ -26,6 +26,7 @@ from training.data import (
     PackedTokens,
     StreamedBlocks,
     character_tokenizer,
+    evenly_spaced,
     read_texts,
     step_batch_indices,
     tokenize,
@@ -206,7 +207,7 @@ def test_documents_are_followed_by_eos(
 ) -> None:
     texts = ["first one", "", "zwei\u00e9 \U0001f600\n", "as text: <|endoftext|>", "x" * 100]
     source = write_parquet(tmp_path / "texts.parquet", texts)
-    backend = data._plain_backend(bpe)
+    backend = data.plain_backend(bpe)
     ids = [backend.encode(text).ids for text in texts]
     assert bpe.eos_token_id not in sum(ids, [])  # also where a text spells it
 
@@ -281,6 +282,17 @@ def test_texts_without_tokens_or_that_cannot_be_tokenized(tmp_path: Path) -> Non
     assert not list(tmp_path.glob("*.npy")) + list(tmp_path.glob("*.tmp"))
 
 
+def test_evenly_spaced() -> None:
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(0, 100, 200)
+    for limit in (0, 1, 50, 1000, 5000, sizes.sum() - 1):
+        chosen = evenly_spaced(sizes, limit)
+        assert sizes[chosen].sum() <= limit
+        assert sizes[chosen].sum() > 0.8 * limit or limit < 1000
+        assert len(chosen) < 2 or set(np.diff(chosen)) <= {200 // len(chosen), 200 // len(chosen) + 1}
+    assert evenly_spaced(sizes, sizes.sum()).tolist() == list(range(200))
+
+
 # ---- characters
 
 
@@ -324,7 +336,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path, characters: PreTrainedT
 @pytest.mark.parametrize("alphabet", [" abcdefghijklmnopqrstuvwxyz", string.printable, "ab]^-[\\&\u00e9\u4e2d", "01"])
 def test_the_table_equals_the_tokenizer(tmp_path: Path, alphabet: str) -> None:
     tokenizer = character_tokenizer(alphabet)
-    lookup = data._character_lookup(data._plain_backend(tokenizer))
+    lookup = data._character_lookup(data.plain_backend(tokenizer))
     assert lookup(alphabet).tolist() == list(range(len(alphabet)))
     rng = random.Random(0)
     others = ["A", "7", "  ", "\u00e9", "\U0001f600", "[MASK]", "\n", "\u0130"]
@@ -336,7 +348,7 @@ def test_the_table_equals_the_tokenizer(tmp_path: Path, alphabet: str) -> None:
 
 
 def test_the_table_serves_no_other_tokenizer(bpe: PreTrainedTokenizerFast) -> None:
-    assert data._character_lookup(data._plain_backend(bpe))("abc") is None
+    assert data._character_lookup(data.plain_backend(bpe))("abc") is None
     other = Tokenizer(models.WordLevel({"a": 0, "b": 1}))
     assert data._character_lookup(other)("ab") is None
 
@@ -359,6 +371,22 @@ def test_every_token_is_new_in_one_block(num_tokens: int, length: int) -> None:
     assert all(block["input_ids"].dtype == torch.int64 for block in blocks)
     assert torch.cat([block["input_ids"][length - block["num_new"] :] for block in blocks]).tolist() == tokens.tolist()
     assert blocks[-1]["input_ids"][-1] == num_tokens - 1
+
+
+@pytest.mark.parametrize("num_tokens, length", [(7, 7), (13, 7), (14, 7), (100, 1), (60, 16)])
+def test_a_batch_is_its_blocks(tmp_path: Path, num_tokens: int, length: int) -> None:
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 60_000, num_tokens, np.uint16))
+    blocks = PackedTokens(np.load(tmp_path / "ids.npy", mmap_mode="r"), length)
+    indices = step_batch_indices(len(blocks), 2 * len(blocks) + 1, 0, 0)  # each block twice, the last one too
+    batch_BL = blocks.blocks(indices)
+    assert batch_BL.dtype == torch.int64 and batch_BL.shape == (len(indices), length)
+    for i, block_L in zip(indices.tolist(), batch_BL, strict=True):
+        end = min((i + 1) * length, num_tokens)
+        assert block_L.tolist() == blocks.tokens[end - length : end].tolist() == blocks[i]["input_ids"].tolist()
+    batch_BL.zero_()  # a copy, not the file
+    for wrong in (-1, len(blocks)):
+        with pytest.raises(IndexError, match=f"block {wrong} of {len(blocks)}"):
+            blocks.blocks(torch.tensor([0, wrong]))
 
 
 def test_too_few_tokens_for_a_block() -> None:

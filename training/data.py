@@ -8,12 +8,15 @@ Shapes: B batch of one rank, L length of a block, N tokens of the stream.
 """
 
 import hashlib
+import io
 import json
+import lzma
 import math
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
@@ -23,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -54,6 +58,8 @@ def read_texts(source: str, split: str = "train", text_column: str = "text", str
 def _open(source: str, split: str, text_column: str, streaming: bool) -> tuple[list, Callable[[], Iterator[str]]]:
     """What identifies the text of `source` (names, sizes, times, revision), and its documents: each call, all anew."""
     path = Path(source)
+    if packed := packed_split(source, split):
+        raise ValueError(f"{packed} is of packed token ids: there is no text to read, or to stream, in {source}")
     if path.exists():
         files = _split_files(path, split) if path.is_dir() else [path]
         origin = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -136,6 +142,8 @@ def tokenize(
 ) -> np.memmap:
     """The token ids of `source` as one read-only stream (N,), made once and kept in `out_dir`.
 
+    A folder that `training.pack` has written is a source too: its ids are those of the text.
+
     With `join="eos"` each document is followed by the tokenizer's `eos_token_id`, if it has one; with "none", or
     without an eos, documents follow each other with nothing between. There is no other special token: where a text
     has the characters "[MASK]" they are encoded like any others. The dtype is the smallest unsigned one that holds
@@ -144,9 +152,13 @@ def tokenize(
     The file carries a hash of what it was made from (names, sizes and times of the source, tokenizer, separator), and
     gets its name only when whole: a kill leaves a *.tmp at most. Several processes may call this at the same time.
 
-    Raises what `read_texts` raises, and ValueError if there is no token or the tokenizer refuses a text.
+    Raises what `read_texts` raises, and ValueError if there is no token, the tokenizer refuses a text, or packed ids
+    are damaged or of another tokenizer.
     """
-    made_from, encode, dtype = _encoder(source, tokenizer, split, text_column, join)
+    if packed := packed_split(source, split):
+        made_from, encode, dtype = _unpacker(packed, tokenizer, join)
+    else:
+        made_from, encode, dtype = encoder(source, tokenizer, split, text_column, join)
     label = Path(source).stem if Path(source).is_file() else f"{Path(source).name}-{split}"
     label = re.sub(r"[^\w.-]", "-", label)
     path = Path(out_dir) / f"{label}.{_sha256(made_from)[:16]}.npy"
@@ -161,25 +173,29 @@ def tokenize(
     return np.load(path, mmap_mode="r")
 
 
-def _encoder(
+def encoder(
     source: str, tokenizer: PreTrainedTokenizerFast, split: str, text_column: str, join: str, streaming: bool = False
-) -> tuple[list, Callable[[], Iterator[np.ndarray]], np.dtype]:
-    """What identifies the ids of `source`, the ids themselves, in parts, each call anew, and their dtype."""
-    if join not in ("eos", "none"):
-        raise ValueError(f"join must be 'eos' or 'none', not {join!r}")
-    separator = [] if join == "none" or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+) -> tuple[list, Callable[[], Iterator[list[np.ndarray]]], np.dtype]:
+    """What identifies the ids of `source`; those of its documents, many at a time, each call anew; and their dtype."""
+    separator = _separator(tokenizer, join)
     origin, texts = _open(source, split, text_column, streaming)
-    backend = _plain_backend(tokenizer)
+    backend = plain_backend(tokenizer)
     dtype = np.min_scalar_type(max(tokenizer.get_vocab().values()))
     made_from = [origin, text_column, backend.to_str(), separator]
     return made_from, lambda: _encode(source, texts(), backend, separator, dtype, streaming), dtype
+
+
+def _separator(tokenizer: PreTrainedTokenizerFast, join: str) -> list[int]:
+    if join not in ("eos", "none"):
+        raise ValueError(f"join must be 'eos' or 'none', not {join!r}")
+    return [] if join == "none" or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
 def _sha256(made_from: list) -> str:
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
 
 
-def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """A copy without the padding and truncation of earlier calls, to which "[MASK]" in a text is only text."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_padding()
@@ -190,12 +206,12 @@ def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 def _encode(
     source: str, texts: Iterator[str], backend: Tokenizer, separator: list[int], dtype: np.dtype, quiet: bool
-) -> Iterator[np.ndarray]:
+) -> Iterator[list[np.ndarray]]:
     """Yields the ids of the documents, each with `separator` behind it, many documents at a time."""
     lookup = _character_lookup(backend)
     first = 0
     with tqdm(desc=f"tokenizing {source}", unit="char", unit_scale=True, disable=quiet or None) as progress:
-        for batch in _batches(texts):
+        for batch in text_batches(texts):
             ids = [lookup(text) for text in batch]
             rest = [text for text, known in zip(batch, ids, strict=True) if known is None]
             try:
@@ -203,13 +219,14 @@ def _encode(
             except Exception as error:  # the type that tokenizers raises
                 last = first + len(batch) - 1
                 raise ValueError(f"{source}: documents {first} to {last} cannot be tokenized: {error}") from error
-            parts = [(next(encodings).ids if known is None else known, separator) for known in ids]
-            yield np.concatenate([np.asarray(part, dtype) for pair in parts for part in pair])
+            ids = [next(encodings).ids if known is None else known for known in ids]
+            yield [np.concatenate((document, separator), dtype=dtype, casting="unsafe") for document in ids]
             first += len(batch)
             progress.update(sum(map(len, batch)))
 
 
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+def text_batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of texts with some BATCH_CHARS characters in all."""
     batch, size = [], 0
     for text in texts:
         batch.append(text)
@@ -221,20 +238,101 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _write_npy(path: Path, arrays: Iterator[np.ndarray], dtype: np.dtype) -> None:
-    """Writes the arrays one after another as one .npy (N,), with N known only at the end."""
+def _write_npy(path: Path, parts: Iterator[list[np.ndarray]], dtype: np.dtype) -> None:
+    """Writes the arrays of all parts one after another as one .npy (N,), with N known only at the end."""
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (0,)}
     with open(path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)  # padded by numpy so that N can grow in place
         start = file.tell()
-        for array in arrays:
-            file.write(array)
+        for part in parts:
+            file.write(np.concatenate(part))
         header["shape"] = ((file.tell() - start) // dtype.itemsize,)
         if header["shape"] == (0,):
             raise ValueError("there are no tokens in the text")
         file.seek(0)
         np.lib.format.write_array_header_1_0(file, header)
         assert file.tell() == start
+
+
+def evenly_spaced(sizes: np.ndarray, limit: float) -> np.ndarray:
+    """Which documents to take so that they spread evenly over all and their sizes add up to `limit` at most."""
+    number = len(sizes) if sizes.sum() <= limit else int(len(sizes) * limit / sizes.sum())
+    while number:
+        chosen = np.arange(number) * len(sizes) // number
+        if sizes[chosen].sum() <= limit:
+            return chosen
+        number -= 1
+    return np.empty(0, np.int64)
+
+
+# ---- packed ids
+
+
+def packed_split(source: str, split: str) -> Path | None:
+    """The description of the ids that `training.pack` wrote of a split; None where it did not."""
+    path = Path(source) / f"{split}.tokens.json"
+    return path if path.is_file() else None
+
+
+def vocabulary_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Of what each id stands for. Not of the whole tokenizer: other versions of the library write the same one anew."""
+    return _sha256(sorted(tokenizer.get_vocab().items()))
+
+
+def _unpacker(
+    path: Path, tokenizer: PreTrainedTokenizerFast, join: str
+) -> tuple[list, Callable[[], Iterator[list[np.ndarray]]], np.dtype]:
+    """As `encoder`, of packed ids; a part is not a document."""
+    separator, vocabulary = _separator(tokenizer, join), vocabulary_hash(tokenizer)
+    dtype = np.min_scalar_type(max(tokenizer.get_vocab().values()))
+    try:
+        packed = PackedIds(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    if packed.vocabulary != vocabulary:
+        raise ValueError(f"{path} has ids of a tokenizer of hash {packed.vocabulary}, the one given has {vocabulary}")
+    if packed.separator != separator:
+        raise ValueError(f"{path} has {packed.separator} behind each document, {join=} asks for {separator}")
+    return ["packed", packed.sha256], lambda: packed.read(path, dtype), dtype
+
+
+@dataclass(frozen=True)
+class PackedIds:
+    """The description of compressed ids: a JSON file `{split}.tokens.json`, written when the others are whole.
+
+    The `files`, one after another, are one .xz of the ids, little-endian, in the smallest dtype that holds all of the
+    tokenizer's.
+    """
+
+    files: dict[str, int]  # names and bytes
+    num_ids: int
+    sha256: str  # of the ids
+    vocabulary: str  # hash of the tokenizer's
+    separator: list[int]  # ids behind each document
+    num_documents: int
+    of_documents: int  # so many were there to choose from
+    split: str
+    sources: list[str]
+    command: str
+
+    def read(self, path: Path, dtype: np.dtype) -> Iterator[list[np.ndarray]]:
+        """Yields the ids. ValueError naming file and reason, at the latest when all have come, if they are damaged."""
+        digest = hashlib.sha256()
+        try:
+            for file, size in self.files.items():
+                if (found := path.with_name(Path(file).name).stat().st_size) != size:
+                    raise ValueError(f"{file} has {found} bytes, not {size}")
+            packed = b"".join(path.with_name(Path(file).name).read_bytes() for file in self.files)
+            bar = {"desc": "unpacking ids", "total": self.num_ids, "unit": "id", "unit_scale": True, "disable": None}
+            with lzma.open(io.BytesIO(packed)) as ids, tqdm(**bar) as progress:
+                while part := ids.read(dtype.itemsize << 20):
+                    digest.update(part)
+                    yield [np.frombuffer(part, dtype.newbyteorder("<"))]
+                    progress.update(len(part) // dtype.itemsize)
+            if digest.hexdigest() != self.sha256:
+                raise ValueError(f"the ids have the hash {digest.hexdigest()}, not {self.sha256}")
+        except (OSError, ValueError, EOFError, lzma.LZMAError) as error:
+            raise ValueError(f"cannot unpack {path}: {error}") from error
 
 
 # ---- characters
@@ -279,7 +377,7 @@ def _character_lookup(backend: Tokenizer) -> Callable[[str], np.ndarray | None]:
     """
     vocab = backend.get_vocab(with_added_tokens=False)
     alphabet = "".join(sorted(vocab, key=vocab.get))
-    if max(map(len, vocab)) > 1 or backend.to_str() != _plain_backend(character_tokenizer(alphabet)).to_str():
+    if max(map(len, vocab)) > 1 or backend.to_str() != plain_backend(character_tokenizer(alphabet)).to_str():
         return lambda text: None
     table = np.full(0x110000, -1, np.int32)
     table[[ord(character) for character in alphabet]] = range(len(alphabet))
@@ -313,11 +411,16 @@ class PackedTokens(Dataset):
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor | int]:
         """{"input_ids": int64 (L,), "num_new": int}"""
-        if not 0 <= i < len(self):
-            raise IndexError(f"block {i} of {len(self)}")
-        end = min((i + 1) * self.length, len(self.tokens))
-        ids = self.tokens[end - self.length : end].astype(np.int64)
-        return {"input_ids": torch.from_numpy(ids), "num_new": end - i * self.length}
+        num_new = min(self.length, len(self.tokens) - i * self.length)
+        return {"input_ids": self.blocks(torch.tensor([i]))[0], "num_new": num_new}
+
+    def blocks(self, indices_B: torch.Tensor) -> torch.Tensor:
+        """int64 (B, L), in one copy from the stream."""
+        indices = indices_B.numpy()
+        if len(outside := indices[(indices < 0) | (indices >= len(self))]):
+            raise IndexError(f"block {outside[0]} of {len(self)}")
+        starts = np.minimum(indices * self.length, len(self.tokens) - self.length)
+        return torch.from_numpy(sliding_window_view(self.tokens, self.length)[starts].astype(np.int64))
 
 
 def step_batch_indices(
@@ -373,7 +476,7 @@ class StreamedBlocks:
         for name, value in {"length": length, "shuffle_buffer": shuffle_buffer}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        made_from, self._encode, self._dtype = _encoder(source, tokenizer, split, text_column, "eos", streaming=True)
+        made_from, self._encode, self._dtype = encoder(source, tokenizer, split, text_column, "eos", streaming=True)
         self.fingerprint = _sha256([*made_from, length, seed, shuffle_buffer])
         self.source, self.length, self.seed, self.shuffle_buffer = source, length, seed, shuffle_buffer
         self._place, self._blocks = 0, self._endless()
@@ -411,7 +514,7 @@ class StreamedBlocks:
         """The blocks (L,) in the order of the text."""
         rest = np.empty(0, self._dtype)
         for ids in self._encode():
-            rest = np.concatenate((rest, ids))
+            rest = np.concatenate((rest, *ids))
             whole = len(rest) - len(rest) % self.length
             for block in rest[:whole].reshape(-1, self.length):
                 yield block.copy()  # a view in the buffer would keep all of `rest` in memory

@@ -151,7 +151,7 @@ class Blocks:
                 self.step_batches[micro_step] = self.train.batch(batch_size, number, *process)
             return self.step_batches[micro_step].to(accelerator.device)
         indices = step_batch_indices(len(self.train), batch_size, number, arguments.seed, *process)
-        return torch.stack([self.train[int(i)]["input_ids"] for i in indices]).to(accelerator.device)
+        return self.train.blocks(indices).to(accelerator.device)
 
     def validation_batches(self, num_blocks: int):
         """(B, L) batches of evenly spaced validation blocks, and whether each position counts: no token twice."""
