@@ -259,7 +259,7 @@ def train(
                 checkpoint()
                 last_checkpoint = time.monotonic()
                 stretch = step, last_checkpoint
-            if out_of_time and not is_end:  # what its minutes have bought
+            if out_of_time and not is_end and not arguments.patience:  # what its minutes have bought
                 measure(True)
             if (stop or out_of_time) and not is_end:
                 accelerator.print(f"stopped at step {step} of {arguments.max_steps}; add --resume true to go on")
