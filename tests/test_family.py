@@ -127,7 +127,7 @@ def test_minutes_in_all(tmp_path, started):
 def trial(rate, losses, speed=2.0, startup=3.0, failed=False):
     curve = [[step, loss] for step, loss in enumerate(losses, 1)]
     return {"learning_rate": rate, "failed": failed, "steps_per_second": speed, "curve": curve,
-            "startup_seconds": startup, "evaluation_seconds": 0.5}  # fmt: skip
+            "other_seconds": startup, "evaluation_seconds": 0.5}  # fmt: skip
 
 
 def test_the_plan():

@@ -322,7 +322,7 @@ def test_nce_finds_log_mu_minus_log_q(target, loss, num_negatives):
 
 
 @pytest.mark.parametrize("script", ["pretrain", "train_energy"])
-def test_compiled_blocks_train_to_the_same_weights(tokenizer, trained, tmp_path, monkeypatch, script):
+def test_compiled_blocks_train_to_the_same_weights(tokenizer, tmp_path, monkeypatch, script):
     """Through torch.compile, but for its code generator, which needs a C++ compiler; evaluations stay as they are."""
     calls = []
 
@@ -330,14 +330,16 @@ def test_compiled_blocks_train_to_the_same_weights(tokenizer, trained, tmp_path,
         calls.append(graph)
         return graph.forward
 
+    if script == "train_energy":
+        pretrain.main(options(tmp_path / "base", tokenizer, num_hidden_layers=2, max_steps=1))
     monkeypatch.setattr(Block, "compile", lambda block: torch.nn.Module.compile(block, backend=backend, fullgraph=True))
     for name in ("false", "true"):
         out = tmp_path / name
         if script == "pretrain":
             pretrain.main(options(out, tokenizer, num_hidden_layers=2, dropout=0, compile=name))
         else:
-            base = trained / "denoiser" / "model"
-            train_energy.main(options(out, base=base, lora_r=2, energy_target="xs", compile=name))
+            form = {"lora_r": 2, "energy_target": "xs", "energy_num_layers": 2}
+            train_energy.main(options(out, base=tmp_path / "base" / "model", **form, compile=name))
         assert bool(calls) == (name == "true")
     plain, compiled = (load_file(next((tmp_path / n / "model").glob("*model.safetensors"))) for n in ("false", "true"))
     for name, value in plain.items():

@@ -167,11 +167,12 @@ class Work:
         plan = json.loads(plan_path.read_text(encoding="utf-8"))
         own = {name: plan[name] for name in ("learning_rate", "max_steps", "warmup_steps", "eval_steps")}
         own = own | {k: v for k, v in self.options(stage).items() if k != "learning_rate"} | {"output_dir": run}
+        used = 0.0
         if (run / "checkpoint.safetensors").exists():
             own |= {"resume": "true"}
             with safe_open(run / "checkpoint.safetensors", "pt") as file:
-                minutes = min(minutes, plan["minutes"] - float(file.metadata()["seconds"]) / 60)
-        own |= {"max_minutes": max(minutes, 1e-9)}
+                used = float(file.metadata()["seconds"]) / 60
+        own |= {"max_minutes": max(min(minutes, plan["minutes"] - used), 1e-9)}
         if run_script(stage.script, own):
             raise SystemExit(f"{stage.name}: training.{stage.script} failed; the same command goes on")
         keep(run / "model", kept, self.family)
@@ -190,6 +191,7 @@ class Work:
         own |= {"max_steps": 10**9, "eval_steps": 10**9, "max_minutes": self.trial_minutes, "output_dir": folder}
         own |= {"final_eval_blocks": own.get("eval_blocks", known["eval_blocks"].default)}
         own |= {"eval_sequences": 0} if "eval_sequences" in known else {}
+        begun = monotonic()
         found = {"learning_rate": learning_rate, "failed": run_script(stage.script, own) != 0}
         rows = read_lines(folder / "metrics.jsonl")
         for weights in (folder / "checkpoint.safetensors", folder / "model"):  # large, and of no more use
@@ -200,12 +202,12 @@ class Work:
         if len(curve) < 4:
             logged = f"a trial of {self.trial_minutes:g} minutes logged {len(curve)} times"
             raise ValueError(f"{stage.name}: {logged}: it needs more trial_minutes, or fewer log_steps")
-        speed = median([row["steps_per_second"] for row in rows if "loss" in row][len(curve) // 2 :])
-        seconds = 60 * self.trial_minutes
+        speeds = [row["steps_per_second"] for row in rows if "steps_per_second" in row]
+        speed = median(speeds[len(speeds) // 2 :])
         return found | {
             "steps_per_second": speed,
-            "startup_seconds": seconds - curve[-1][0] / speed,
-            "evaluation_seconds": rows[-1]["seconds"] - seconds,
+            "evaluation_seconds": rows[-1]["evaluation_seconds"],
+            "other_seconds": monotonic() - begun - curve[-1][0] / speed - rows[-1]["evaluation_seconds"],
             "curve": curve,
         }
 
@@ -235,13 +237,13 @@ def planned(trials: list[dict], minutes: float, name: str) -> dict | None:
         late = [loss for step, loss in trial["curve"] if common / 2 < step <= common]
         trial["loss"] = sum(late) / len(late)
     best = min(whole, key=lambda trial: trial["loss"])
-    seconds = MARGIN * 60 * minutes - best["startup_seconds"] - EVALUATIONS * best["evaluation_seconds"]
+    seconds = MARGIN * 60 * minutes - best["other_seconds"] - EVALUATIONS * best["evaluation_seconds"]
     max_steps = int(best["steps_per_second"] * seconds)
     if max_steps < 1:
         return None
     return {
         "learning_rate": best["learning_rate"],
-        "minutes": minutes,
+        "minutes": minutes - best["other_seconds"] / 60,
         "max_steps": max_steps,
         "warmup_steps": max(1, round(WARMUP * max_steps)),
         "eval_steps": max(1, max_steps // EVALUATIONS),

@@ -22,6 +22,7 @@ from modeling_edlm.schedule import antithetic_times, q_sample
 from .data import PackedTokens, StreamedBlocks, read_texts, step_batch_indices, tokenize
 from .trainer import (
     LoopArguments,
+    compile_blocks,
     fingerprint,
     global_rows,
     make_accelerator,
@@ -225,6 +226,8 @@ def main(argv: list[str] | None = None):
     model = (EDLMForCausalLM if is_ar else EDLMForMaskedLM)(config)
     if arguments.init_from:
         take_weights(model, load_trained(arguments.init_from), arguments.init_from)
+    if arguments.compile:
+        compile_blocks(model)
     num_parameters = sum(p.numel() for p in model.parameters())
     num_blocks = "streamed" if arguments.streaming else f"{len(blocks.train):,}"
     accelerator.print(f"{arguments.objective}: {num_parameters:,} parameters, {num_blocks} training blocks")

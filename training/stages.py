@@ -1,11 +1,12 @@
 """Scripts of this package as stages of a longer work: each in a process of its own, told once to save and stop."""
 
-import contextlib
 import os
 import shlex
 import signal
 import subprocess
 import sys
+
+from .trainer import stop_signal
 
 
 def run_script(script: str, options: dict, more: str = "", num_processes: int = 1) -> int:
@@ -25,28 +26,9 @@ def run_script(script: str, options: dict, more: str = "", num_processes: int = 
     command = [sys.executable, *(launcher if several else []), *arguments]
     env = os.environ | ({"ACCELERATE_USE_CPU": "true"} if several else {})
     # a session of its own: what a terminal sends to all of its processes would reach the script twice, which kills it
-    with subprocess.Popen(command, env=env, start_new_session=True) as process, _passed_on(process) as received:
-        status = process.wait()
+    with subprocess.Popen(command, env=env, start_new_session=True) as process:
+        with stop_signal(lambda: process.send_signal(signal.SIGTERM)) as received:
+            status = process.wait()
     if received:
         raise KeyboardInterrupt
     return status
-
-
-@contextlib.contextmanager
-def _passed_on(process: subprocess.Popen):
-    """A list that fills on the first SIGINT or SIGTERM, which the process then gets; a second one ends this one."""
-    received, old = [], {}
-
-    def handler(number, frame):
-        received.append(number)
-        signal.signal(number, old[number])
-        process.send_signal(signal.SIGTERM)
-
-    with contextlib.suppress(ValueError):  # signals can be set in the main thread only
-        for number in (signal.SIGINT, signal.SIGTERM):
-            old[number] = signal.signal(number, handler)
-    try:
-        yield received
-    finally:
-        for number, previous in old.items():
-            signal.signal(number, previous)

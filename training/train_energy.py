@@ -168,8 +168,9 @@ def main(argv: list[str] | None = None):
     if len(tokenizer) != denoiser.config.vocab_size:
         raise ValueError(f"base has vocab_size {denoiser.config.vocab_size}, its tokenizer has {len(tokenizer)} tokens")
     model = new_energy(arguments, denoiser)
-    if arguments.compile:  # but for the last block, which works at a number of positions that is never the same
-        compile_blocks(denoiser.backbone.blocks[:-1])
+    if arguments.compile:
+        compile_blocks(denoiser, but_last=True)
+        compile_blocks(model, but_last=True)
     blocks = Blocks(arguments, tokenizer, denoiser.config.max_position_embeddings, accelerator)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     accelerator.print(f"energy: {trainable:,} trained of {sum(p.numel() for p in model.parameters()):,} parameters")

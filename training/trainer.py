@@ -147,8 +147,6 @@ def train(
 
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    if arguments.compile:
-        compile_blocks(model)
     model.to(accelerator.device)
     optimizer = _optimizer(arguments, model)
     scheduler = get_scheduler(arguments.lr_schedule, optimizer, arguments.warmup_steps, arguments.max_steps)
@@ -191,17 +189,20 @@ def train(
 
     def measure(is_last, weights=None):
         # not compiled: evaluations have many shapes, and few passes of each
+        begun = time.monotonic()
         with torch.no_grad(), averages.shown(weights), _gathered(model), torch.compiler.set_stance("force_eager"):
             row = evaluate(model.eval(), is_last)
-        _log(accelerator, metrics_path, step, {"seconds": seconds_before + time.monotonic() - started} | row)
+        now = time.monotonic()
+        took = {"seconds": seconds_before + now - started, "evaluation_seconds": now - begun}
+        _log(accelerator, metrics_path, step, took | row)
         shown = (f"{k} {v:.4g}" for k, v in row.items() if "<=" not in k)  # those by bucket are in the log
         accelerator.print(f"\nstep {step}: " + ", ".join(shown))
 
     progress = tqdm(total=arguments.max_steps, initial=step, disable=not accelerator.is_main_process, smoothing=0.05)
     accumulation = arguments.gradient_accumulation_steps
-    started = last_checkpoint = time.monotonic()
-    stretch = step, started  # of nothing but steps
-    with _stop_signal() as stopped:
+    started = last_checkpoint = clock = time.monotonic()
+    first, stretch = step, (step, started)  # a stretch of nothing but steps
+    with stop_signal() as stopped:
         while step < arguments.max_steps:
             wrapped.train()
             lr = arguments.learning_rate * schedule(step)
@@ -229,11 +230,15 @@ def train(
             progress.update()
 
             is_end = step == arguments.max_steps
-            out_of_time = 0 < 60 * arguments.max_minutes < time.monotonic() - started
+            if arguments.compile and step == first + 1:  # it has compiled: its time is not of the minutes
+                clock = time.monotonic()
+                stretch = step, clock
+            out_of_time = 0 < 60 * arguments.max_minutes < time.monotonic() - clock
             stop = bool(stopped)
             if step % arguments.log_steps == 0 or is_end:
                 row = _mean(rows, accelerator) | {"grad_norm": norm}
-                row |= {"steps_per_second": (step - stretch[0]) / (time.monotonic() - stretch[1])}
+                if step > stretch[0]:
+                    row |= {"steps_per_second": (step - stretch[0]) / (time.monotonic() - stretch[1])}
                 _log(accelerator, metrics_path, step, row | {"lr": lr})
                 progress.set_postfix({k: f"{v:.4g}" for k, v in row.items()} | _speed(row))
                 stretch = step, time.monotonic()
@@ -326,11 +331,15 @@ class Averages:
             self.put(before)
 
 
-def compile_blocks(model: torch.nn.Module) -> None:
-    """Every transformer block through `torch.compile`, in place; equal blocks are compiled once."""
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.compile()
+def compile_blocks(model: torch.nn.Module, but_last: bool = False) -> None:
+    """The transformer blocks through `torch.compile`, in place; equal ones are compiled once.
+
+    Args:
+        but_last: leave out the last one, where it works at a number of positions that is never the same.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for block in blocks[: -1 if but_last else None]:
+        block.compile()
 
 
 @contextlib.contextmanager
@@ -527,7 +536,8 @@ def _log(accelerator, path: Path, step: int, row: dict) -> None:
 
 
 def _speed(row: dict) -> dict:
-    return {"tokens/s": f"{row['steps_per_second'] * row['tokens']:.0f}"} if "tokens" in row else {}
+    known = row.keys() >= {"tokens", "steps_per_second"}
+    return {"tokens/s": f"{row['steps_per_second'] * row['tokens']:.0f}"} if known else {}
 
 
 def _first_process(accelerator, decisions: list[bool]) -> list[bool]:
@@ -539,13 +549,15 @@ def _first_process(accelerator, decisions: list[bool]) -> list[bool]:
 
 
 @contextlib.contextmanager
-def _stop_signal():
-    """A list that fills on the first SIGINT or SIGTERM: the loop then saves and stops. A second one kills."""
+def stop_signal(then: Callable[[], None] = lambda: None):
+    """A list that fills on the first SIGINT or SIGTERM, and `then` is called: whoever looks saves and stops. A second
+    one kills."""
     received, old = [], {}
 
     def handler(number, frame):
         received.append(number)
         signal.signal(number, old[number])
+        then()
 
     with contextlib.suppress(ValueError):  # signals can be set in the main thread only
         for number in (signal.SIGINT, signal.SIGTERM):
