@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from hub_cards import cards, other_cards
 from hub_cards.card import FENCED, check, lacks, parse, split_sections
+from hub_cards.shipped_cards import BASE as SHIPPED_BASE
 from hub_cards.shipped_cards import SHIPPED, render, results_files, shipped
 from modeling_edlm import EDLMForCausalLM, EDLMModel
 from modeling_edlm.schedule import antithetic_times
@@ -318,7 +319,7 @@ def test_a_plain_card_of_an_energy(tmp_path):
     adapter = tmp_path / "adapter"
     shutil.copytree(card_file("edlm-wiki27-books").parent, adapter, ignore=shutil.ignore_patterns("README.md"))
     card = other_cards.trained(adapter)
-    assert card.data.base_model == "hub_cards/edlm-wiki27" and card.data.library_name == "peft"
+    assert card.data.base_model == f"hub_cards/{SHIPPED_BASE}" and card.data.library_name == "peft"
     assert "345,024 parameters over 4 blocks of width 192" in " ".join(card.text.split())
 
 
