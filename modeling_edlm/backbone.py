@@ -6,6 +6,7 @@ positions that are needed, D hidden size, C conditioning width, H heads, M selec
 """
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 CHUNK = 2**25  # entries of a (positions, vocabulary) table that exist at a time
+# What the library calls the keys and values of earlier tokens: "past_key_values" before 5.24.
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 PLAIN = (torch.Tensor, nn.Parameter)  # weights that are neither quantised nor sharded
 
 
@@ -218,14 +221,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x_NLD, rotary, attention_mask=None, past_key_values=None, needed_NQ=None):
+    def forward(self, x_NLD, rotary, attention_mask=None, cache=None, needed_NQ=None):
         N, L, D = x_NLD.shape
         query, key, value = apply_linear(self.qkv, x_NLD).view(N, L, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
         query, key = rotate(query, *rotary), rotate(key, *rotary)
         if needed_NQ is not None:
             query = query.gather(2, needed_NQ[:, None, :, None].expand(-1, query.shape[1], -1, self.head_dim))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         y_NLHD, _ = attend(
             self, query, key, value, attention_mask, scaling=self.head_dim**-0.5, is_causal=self.is_causal and L > 1
@@ -243,10 +246,10 @@ class Block(GradientCheckpointingLayer):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_NLD, cond_NC, rotary, attention_mask=None, past_key_values=None, needed_NQ=None):
+    def forward(self, x_NLD, cond_NC, rotary, attention_mask=None, cache=None, needed_NQ=None):
         """With `needed_NQ`, different positions of each row, (N, L, D) that is what it should be at these alone."""
         y_NLD, gate = self.norm1(x_NLD, cond_NC)
-        y_NLD = self.dropout(self.attention(y_NLD, rotary, attention_mask, past_key_values, needed_NQ))
+        y_NLD = self.dropout(self.attention(y_NLD, rotary, attention_mask, cache, needed_NQ))
         whole_NLD = x_NLD
         if needed_NQ is not None:
             index_NQD = needed_NQ[..., None].expand(-1, -1, x_NLD.shape[-1])
@@ -277,7 +280,7 @@ class Backbone(nn.Module):
         noise_N: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids_NL: torch.Tensor | None = None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds: torch.Tensor | None = None,
         where_NL: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -295,7 +298,7 @@ class Backbone(nn.Module):
         N, L, _ = x_NLD.shape
         given_position_ids_NL = position_ids_NL  # the library looks for packed texts in them, and waits for the device
         if position_ids_NL is None:
-            start = past_key_values.get_seq_length() if past_key_values is not None else 0
+            start = cache.get_seq_length() if cache is not None else 0
             if attention_mask is None:
                 position_ids_NL = torch.arange(start, start + L, device=x_NLD.device)[None]
             else:
@@ -306,7 +309,7 @@ class Backbone(nn.Module):
                 config=self.config,
                 inputs_embeds=x_NLD,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                **{CACHE: cache},
                 position_ids=given_position_ids_NL,
             )
         else:
@@ -322,16 +325,16 @@ class Backbone(nn.Module):
             needed_NQ = needed_positions(where_NL, x_NLD.device)
         if _compiling.get():
             return run_compiled(self, x_NLD, cond_NC, rotary, mask), cond_NC
-        return self.run_blocks(x_NLD, cond_NC, rotary, mask, past_key_values, needed_NQ), cond_NC
+        return self.run_blocks(x_NLD, cond_NC, rotary, mask, cache, needed_NQ), cond_NC
 
     def conditioning(self, noise_N: torch.Tensor) -> torch.Tensor:
         return nn.functional.silu(self.time_embedding(noise_N))
 
-    def run_blocks(self, x_NLD, cond_NC, rotary, mask, past_key_values=None, needed_NQ=None) -> torch.Tensor:
+    def run_blocks(self, x_NLD, cond_NC, rotary, mask, cache=None, needed_NQ=None) -> torch.Tensor:
         *blocks, last = self.blocks
         for block in blocks:
-            x_NLD = block(x_NLD, cond_NC, rotary, mask, past_key_values)
-        return last(x_NLD, cond_NC, rotary, mask, past_key_values, needed_NQ)
+            x_NLD = block(x_NLD, cond_NC, rotary, mask, cache)
+        return last(x_NLD, cond_NC, rotary, mask, cache, needed_NQ)
 
 
 def needed_positions(where_NL: torch.Tensor, device: torch.device) -> torch.Tensor | None:

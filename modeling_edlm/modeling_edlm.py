@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Generat
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutput
 
 from .adapter import DESCRIPTION, energy_fields, find_adapter, load_adapter, save_adapter
-from .backbone import Backbone, Head, initialize, log_probs, position_chunks, suppress, twin
+from .backbone import CACHE, Backbone, Head, initialize, log_probs, position_chunks, suppress, twin
 from .configuration_edlm import EDLMConfig
 from .energy import EnergyNetwork, causal_log_prob
 from .generation_edlm import EDLMGenerationConfig, EDLMGenerationMixin
@@ -90,7 +90,7 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMi
         return self.head.linear
 
     def forward(
-        self, input_ids, attention_mask=None, t=None, positions=None, position_ids=None, labels=None, **kwargs
+        self, input_ids, attention_mask=None, t=None, positions=None, position_ids=None, labels=None, return_dict=None
     ) -> MaskedLMOutput:
         """Raw logits of the clean token at every position.
 
@@ -99,6 +99,7 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMi
             t: times in [0, 1], scalar or (N,); only read by a model with time conditioning.
             positions: (M,) flat indices into N * L: project only these.
             labels: (N, L), -100 where no loss is taken; the loss is the mean cross-entropy.
+            return_dict: the library's; False gives a tuple.
         Returns:
             `logits` (N, L, V), or (M, V) when positions are given.
         """
@@ -177,19 +178,25 @@ class EDLMForCausalLM(EDLMPreTrainedModel, GenerationMixin):
         attention_mask=None,
         position_ids=None,
         past_key_values=None,
+        cache=None,
         use_cache=None,
         labels=None,
         positions=None,
         logits_to_keep=0,
-        **kwargs,
+        return_dict=None,
     ) -> CausalLMOutputWithPast:
         """Raw logits (N, L, V) of the next token; `positions` (M,), flat, or `logits_to_keep` project fewer rows.
 
-        `labels` (N, L) are shifted inside, as in every causal language model of the library; -100 is left out.
+        `labels` (N, L) are shifted inside, as in every causal language model of the library; -100 is left out. The
+        keys and values of earlier tokens are `cache` to transformers 5.24 and newer, `past_key_values` to older ones:
+        both are taken, and the output has the library's own name.
         """
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        hidden, cond = self.encode(input_ids, attention_mask, position_ids, past_key_values)
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one argument: give one of them")
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        hidden, cond = self.encode(input_ids, attention_mask, position_ids, cache)
         if logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
         logits = self.head(hidden, cond, positions)
@@ -197,11 +204,11 @@ class EDLMForCausalLM(EDLMPreTrainedModel, GenerationMixin):
         if labels is not None:
             log_p = log_probs(logits[:, :-1], self.config.mask_token_id)
             loss = nn.functional.nll_loss(log_p.flatten(0, 1), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
-    def encode(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None):
+    def encode(self, input_ids, attention_mask=None, position_ids=None, cache=None):
         """The last hidden states (N, L, D) and the conditioning, from which `head` projects what is needed."""
-        return self.backbone(input_ids, None, attention_mask, position_ids, past_key_values)
+        return self.backbone(input_ids, None, attention_mask, position_ids, cache)
 
     def generate(self, *args, **kwargs):
         """The library's autoregressive generation; no text holds the mask token, and the BOS starts it."""
@@ -292,7 +299,7 @@ class EDLMEnergyModel(EDLMPreTrainedModel):
             raise ValueError("this energy is an adapter: save the EDLMModel that has it, or merge it (from_adapter)")
         super().save_pretrained(*args, **kwargs)
 
-    def forward(self, input_ids, xt=None, t=None, attention_mask=None, **kwargs) -> SequenceClassifierOutput:
+    def forward(self, input_ids, xt=None, t=None, attention_mask=None, return_dict=None) -> SequenceClassifierOutput:
         """Energies of candidates.
 
         Args:

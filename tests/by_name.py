@@ -54,6 +54,17 @@ def one(sample: dict) -> dict:
     return {name: value for name, value in sample.items() if name != "batch_size"}
 
 
+def written_by_ar(ar) -> list[list[list[int]]]:
+    """Greedy with the cache of keys and values, without, and by the model's own logits of the whole text so far."""
+    options = {"max_new_tokens": 40, "do_sample": False}
+    text = torch.tensor([[ar.config.bos_token_id]])
+    for _ in range(options["max_new_tokens"]):
+        logits = ar(text).logits[:, -1]
+        logits[:, ar.config.mask_token_id] = float("-inf")
+        text = torch.cat((text, logits.argmax(-1, keepdim=True)), dim=1)
+    return [*(ar.generate(use_cache=use_cache, **options).tolist() for use_cache in (True, False)), text.tolist()]
+
+
 def everything(repo: str, light: str, bert: str, sample: dict, x: list, xt: list) -> dict:
     """Each Auto class, tokenizer, configurations and pipelines of a repo that has all of them."""
     tokenizer = AutoTokenizer.from_pretrained(repo)
@@ -72,7 +83,7 @@ def everything(repo: str, light: str, bert: str, sample: dict, x: list, xt: list
             "tokens": model.generate(**sample).tolist(),
             "configured": model.generate(generation_config=defaults, **sample).tolist(),
             "tokens of the denoiser": denoiser.generate(**sample).tolist(),
-            "tokens of the AR model": ar.generate(max_new_tokens=9, do_sample=False).tolist(),
+            "tokens of the AR model": written_by_ar(ar),
             "tokens in bfloat16": half.generate(**sample).tolist(),
             "logits": denoiser(xt).logits.tolist(),
             "logits of the AR model": ar(x).logits.tolist(),

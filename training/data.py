@@ -423,6 +423,35 @@ class PackedTokens(Dataset):
         return torch.from_numpy(sliding_window_view(self.tokens, self.length)[starts].astype(np.int64))
 
 
+class DocumentBlocks(PackedTokens):
+    """Blocks (L,) of a token stream (N,) that each begin with a document: block i is document i and what follows it.
+
+    So a model learns how texts begin and end. What a document has beyond L tokens is in no block; the tokens after a
+    shorter one are those of the next documents, so they are in several. The last blocks go on with the first document.
+
+    Raises ValueError if the stream is shorter than one block or has no `eos_token_id` behind its documents.
+    """
+
+    def __init__(self, tokens: np.ndarray, length: int, eos_token_id: int | None):
+        super().__init__(tokens, length)
+        ends = np.flatnonzero(tokens == (-1 if eos_token_id is None else eos_token_id))
+        if not len(ends) or ends[-1] != len(tokens) - 1:
+            raise ValueError(f"documents must end with eos_token_id, got {eos_token_id} and a text without it")
+        self.starts = np.concatenate(([0], ends[:-1] + 1))
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor | int]:
+        """{"input_ids": int64 (L,), "num_new": L}"""
+        return {"input_ids": self.blocks(torch.tensor([i]))[0], "num_new": self.length}
+
+    def blocks(self, indices_B: torch.Tensor) -> torch.Tensor:
+        """int64 (B, L), in one copy from the stream."""
+        places_BL = (self.starts[indices_B.numpy()][:, None] + np.arange(self.length)) % len(self.tokens)
+        return torch.from_numpy(self.tokens[places_BL].astype(np.int64))
+
+
 def step_batch_indices(
     num_blocks: int, batch_size: int, step: int, seed: int, rank: int = 0, world_size: int = 1
 ) -> torch.Tensor:

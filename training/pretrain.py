@@ -19,8 +19,9 @@ from modeling_edlm import EDLMConfig, EDLMForCausalLM, EDLMForMaskedLM
 from modeling_edlm.backbone import log_probs
 from modeling_edlm.schedule import antithetic_times, q_sample
 
-from .data import PackedTokens, StreamedBlocks, read_texts, step_batch_indices, tokenize
+from .data import DocumentBlocks, PackedTokens, StreamedBlocks, read_texts, step_batch_indices, tokenize
 from .trainer import (
+    LEAST_TIME,
     LoopArguments,
     compile_blocks,
     fingerprint,
@@ -39,6 +40,9 @@ class DataArguments:
     validation_data: str = field(default="", metadata={"help": "the same for evaluation; default: data's own split"})
     text_column: str = "text"
     cache_dir: str = field(default="", metadata={"help": "where token ids are kept; default: output_dir/tokens"})
+    align_documents: bool = field(
+        default=False, metadata={"help": "every block begins where a document begins, and goes on into the next"}
+    )
     streaming: bool = field(
         default=False, metadata={"help": "read and tokenize the training text, not validation's, while training"}
     )
@@ -106,7 +110,7 @@ def take_weights(model: torch.nn.Module, start: torch.nn.Module, init_from: str)
 class Blocks:
     """Training and validation blocks, and the batch of any step of this process.
 
-    `train` is a `PackedTokens`, or with `streaming` a `StreamedBlocks`, which has no length. `fingerprint` is a hash of
+    `train` is a `PackedTokens`, with `align_documents` a `DocumentBlocks`, or with `streaming` a `StreamedBlocks`, which has no length. `fingerprint` is a hash of
     the training tokens, or with `streaming` of what they are made from.
     """
 
@@ -116,6 +120,13 @@ class Blocks:
         split = "train" if arguments.validation_data and Path(validation).is_file() else "validation"
         if not arguments.validation_data and Path(validation).is_file():
             raise ValueError(f"validation_data must be given when data is one file, {arguments.data}")
+        if arguments.streaming and arguments.align_documents:
+            raise ValueError("align_documents=True needs the text at hand: leave streaming out")
+
+        def cut(tokens):
+            aligned = arguments.align_documents
+            return DocumentBlocks(tokens, length, tokenizer.eos_token_id) if aligned else PackedTokens(tokens, length)
+
         with accelerator.main_process_first():  # the others read what the first has written
             if arguments.streaming:
                 self.train = StreamedBlocks(
@@ -134,10 +145,10 @@ class Blocks:
                     raise ValueError(f"validation_data={value!r} gives no validation text: {error}") from error
             else:
                 tokens = tokenize(arguments.data, tokenizer, cache_dir, "train", arguments.text_column)
-                self.train, self.fingerprint = PackedTokens(tokens, length), fingerprint(tokens)
+                self.train, self.fingerprint = cut(tokens), fingerprint(tokens)
             validation_tokens = tokenize(validation, tokenizer, cache_dir, split, arguments.text_column)
-        self.validation = PackedTokens(validation_tokens, length)
-        self.arguments, self.accelerator = arguments, accelerator
+        self.validation = cut(validation_tokens)
+        self.arguments, self.accelerator, self.tokenizer = arguments, accelerator, tokenizer
         self.step, self.step_batches = -1, {}
 
     def batch(self, step: int, micro_step: int) -> torch.Tensor:
@@ -166,6 +177,12 @@ class Blocks:
             yield x0_BL.to(self.accelerator.device), counts_BL.to(self.accelerator.device)
 
 
+    def characters(self, x0_BL: torch.Tensor, counts_BL: torch.Tensor) -> int:
+        """Characters of the text at the positions that count; special tokens have none."""
+        texts = [row[counts] for row, counts in zip(x0_BL.cpu(), counts_BL.cpu(), strict=True)]
+        return sum(map(len, self.tokenizer.batch_decode(texts, skip_special_tokens=True)))
+
+
 @torch.no_grad()
 def validation_nll(model, objective: str, blocks: Blocks, num_blocks: int) -> dict[str, float]:
     """Nats and bits per token with the standard error over blocks: exact for ar, the continuous-time bound for mdlm.
@@ -173,28 +190,30 @@ def validation_nll(model, objective: str, blocks: Blocks, num_blocks: int) -> di
     The bound takes one t for each block, stratified over all blocks, from a fixed seed. The last block of the
     validation text is shifted back; for mdlm its repeated tokens count like others (one block in thousands).
     """
-    config, nlls, tokens = model.config, [], 0
+    config, nlls, tokens, characters = model.config, [], 0, 0
     num_blocks = min(num_blocks, len(blocks.validation))
     generator = torch.Generator().manual_seed(step_seed(0, num_blocks))
     t_all = antithetic_times(torch.rand((), generator=generator), num_blocks)
     t_all = t_all[torch.randperm(num_blocks, generator=generator)]
     for x0_BL, counts_BL in blocks.validation_batches(num_blocks):
+        counted_BL = counts_BL if objective == "ar" else torch.ones_like(counts_BL)
+        tokens += int(counted_BL.sum())
+        characters += blocks.characters(x0_BL, counted_BL)
         with blocks.accelerator.autocast():
             if objective == "ar":
                 nll_BL = ar_loss(model, x0_BL, config.bos_token_id, config.mask_token_id)
                 nlls += (nll_BL * counts_BL).sum(-1).tolist()
-                tokens += int(counts_BL.sum())
             else:
                 t_B = t_all[len(nlls) :][: len(x0_BL)].to(x0_BL.device)
                 u_BL = torch.rand(x0_BL.shape, generator=generator).to(x0_BL.device)
                 nlls += mdlm_loss(model, x0_BL, t_B, u_BL, config.mask_token_id).tolist()
-                tokens += x0_BL.numel()
     nll_N = torch.tensor(nlls, dtype=torch.float64)
     per_token = len(nlls) / tokens
     nats, stderr = float(nll_N.mean()) * per_token, float(nll_N.std()) / math.sqrt(len(nlls)) * per_token
     return {
         "validation_nll": nats,
         "validation_bits_per_token": nats / math.log(2),
+        "validation_bits_per_character": nats / math.log(2) * tokens / max(characters, 1),
         "validation_bits_stderr": stderr / math.log(2),
         "validation_blocks": len(nlls),
     }
@@ -240,9 +259,13 @@ def main(argv: list[str] | None = None):
                 loss = ar_loss(model, x0_BL, config.bos_token_id, config.mask_token_id).mean()
             else:
                 rows_B, num_rows = global_rows(arguments, accelerator, micro_step)
-                t_G, u_GL = row_draws(step_seed(arguments.seed, step), num_rows, x0_BL.shape[1])
-                t_B, u_BL = t_G[rows_B].to(x0_BL.device), u_GL[rows_B].to(x0_BL.device)
-                loss = mdlm_loss(model, x0_BL, t_B, u_BL, config.mask_token_id).mean() / x0_BL.shape[1]
+                q_G, u_GL = row_draws(step_seed(arguments.seed, step), num_rows, x0_BL.shape[1])
+                q_B, u_BL = q_G[rows_B].to(x0_BL.device), u_GL[rows_B].to(x0_BL.device)
+                # t = q^2 of density 1 / (2 sqrt t): the bound stays without bias by the weight dt/dq, and its gradient has
+                # less noise, as rows of small t hold few masked positions with large weights 1/t
+                t_B, weight_B = q_B.square().clamp(min=LEAST_TIME), 2 * q_B
+                nll_B = mdlm_loss(model, x0_BL, t_B, u_BL, config.mask_token_id)
+                loss = (weight_B * nll_B).mean() / x0_BL.shape[1]
         return loss, {"tokens": tokens}
 
     def evaluate(model, is_last):
