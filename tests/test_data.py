@@ -421,6 +421,29 @@ def test_epochs_and_seeds_differ() -> None:
     assert not torch.equal(first, step_batch_indices(50, 50, 0, 1))
 
 
+# ---- blocks that begin with a document
+
+
+def test_document_blocks_begin_with_each_document_once():
+    """Whatever the lengths, one of a token included; the last blocks go on with the first document."""
+    rng, length = np.random.default_rng(0), 6
+    documents = [np.append(rng.integers(1, 9, n), 0) for n in (9, 0, 5, 2, 20, 1)]
+    tokens = np.concatenate(documents).astype(np.uint8)
+    blocks, endless = data.DocumentBlocks(tokens, length, 0), np.tile(tokens, 2)
+    starts = np.cumsum([0, *map(len, documents)])[:-1]
+    assert len(blocks) == len(documents)
+    for i, start in enumerate(starts):
+        assert blocks[i]["input_ids"].tolist() == endless[start : start + length].tolist()
+        assert blocks[i]["num_new"] == length
+    batch_BL = blocks.blocks(torch.tensor([3, 0, 3]))
+    assert batch_BL.dtype == torch.int64 and batch_BL.tolist() == [blocks[i]["input_ids"].tolist() for i in (3, 0, 3)]
+    for stride in (1, 2, 4, 7):
+        assert data.every_document(tokens, 0, stride).tolist() == np.concatenate(documents[::stride]).tolist()
+    for eos, text in ((None, tokens), (0, tokens[:-1]), (11, tokens)):
+        with pytest.raises(ValueError, match=f"eos_token_id, got {eos}"):
+            data.DocumentBlocks(text, length, eos)
+
+
 # ---- streamed blocks
 
 

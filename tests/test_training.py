@@ -253,6 +253,13 @@ def test_the_losses_are_what_they_are_called(trained):
         loss_N = pretrain.mdlm_loss(model, x0.expand(n, -1), torch.full((n,), t), torch.rand(n, 3), MASK)
     assert abs(float(loss_N.mean()) - exact) < 4 * float(loss_N.std()) / math.sqrt(n)
 
+    q = (torch.arange(n) + 0.5) / n  # strata of (0, 1): as uniforms, with less noise
+    with torch.no_grad():  # the bound by times of another density
+        plain_N = pretrain.mdlm_loss(model, x0.expand(n, -1), q, torch.rand(n, 3), MASK)
+        loss_N = pretrain.mdlm_training_loss(model, x0.expand(n, -1), q, torch.rand(n, 3), MASK)
+    stderr = math.sqrt(float(plain_N.var() + loss_N.var()) / n)
+    assert abs(float(plain_N.mean() - loss_N.mean())) < 4 * stderr < 0.1 * float(loss_N.mean())
+
     lm = EDLMForCausalLM.from_pretrained(trained / "ar" / "model")
     x = torch.tensor([[3, 1, 4]])
     nll = pretrain.ar_loss(lm, x, lm.config.bos_token_id, lm.config.mask_token_id)

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modeling_edlm import EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
+from modeling_edlm import EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMGenerationConfig, EDLMModel
 
 from .components import check_tokenizer
 from .trainer import parse_arguments
@@ -30,8 +31,10 @@ class ComposeArguments:
     merge: bool = field(default=False, metadata={"help": "add an adapter into a copy of the denoiser's blocks"})
     energy_only: bool = field(default=False, metadata={"help": "write the energy alone (with merge)"})
     ar: str = field(default="", metadata={"help": "folder of an autoregressive EDLM to put into OUT/ar as a scorer"})
-    num_steps: int = 128
-    num_candidates: int = 8
+    judge: str = field(default="", metadata={"help": "the same into OUT/judge: one that is not the energy, for demos"})
+    generation: str = field(
+        default="", metadata={"help": "defaults of generate(), a YAML mapping: '{num_steps: 32, num_candidates: 4}'"}
+    )
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16"})
     max_shard_size: str = field(default="5GB", metadata={"help": "of a weights file"})
 
@@ -40,6 +43,9 @@ class ComposeArguments:
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
         if self.energy_only and not self.merge:
             raise ValueError("energy_only writes a merged adapter: add --merge true")
+        if not isinstance(settings := yaml.safe_load(self.generation) or {}, dict):
+            raise ValueError(f"generation must be a mapping of names to values, got {self.generation!r}")
+        self.generation_config = EDLMGenerationConfig(**settings)
 
 
 def with_parts(denoiser, tokenizer, arguments: ComposeArguments) -> EDLMModel | EDLMEnergyModel:
@@ -56,9 +62,7 @@ def with_parts(denoiser, tokenizer, arguments: ComposeArguments) -> EDLMModel | 
         check_tokenizer(tokenizer, arguments.energy)
         energy = AutoModelForCausalLM.from_pretrained(arguments.energy)
         model = EDLMModel.from_components(denoiser, energy, arguments.energy_type)
-    model.generation_config.num_steps = arguments.num_steps
-    model.generation_config.num_candidates = arguments.num_candidates
-    model.generation_config.validate()
+    model.generation_config = arguments.generation_config
     return model
 
 
@@ -72,11 +76,12 @@ def main(argv: list[str] | None = None):
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary, max_shard_size=arguments.max_shard_size)
     tokenizer.save_pretrained(temporary)
-    if arguments.ar:
-        scorer = EDLMForCausalLM.from_pretrained(arguments.ar).to(getattr(torch, arguments.dtype))
-        scorer.save_pretrained(temporary / "ar", max_shard_size=arguments.max_shard_size)
-        for copy in (temporary / "ar").glob("*.py"):  # a subfolder takes its code from the root
-            copy.unlink()
+    for name, source in {"ar": arguments.ar, "judge": arguments.judge}.items():
+        if source:
+            scorer = EDLMForCausalLM.from_pretrained(source).to(getattr(torch, arguments.dtype))
+            scorer.save_pretrained(temporary / name, max_shard_size=arguments.max_shard_size)
+            for copy in (temporary / name).glob("*.py"):  # a subfolder takes its code from the root
+                copy.unlink()
     for file in [file for file in temporary.rglob("*") if file.is_file()]:  # all is written: now it takes its place
         target = out / file.relative_to(temporary)
         target.parent.mkdir(parents=True, exist_ok=True)

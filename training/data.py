@@ -423,6 +423,21 @@ class PackedTokens(Dataset):
         return torch.from_numpy(sliding_window_view(self.tokens, self.length)[starts].astype(np.int64))
 
 
+def document_starts(tokens: np.ndarray, eos_token_id: int | None) -> np.ndarray:
+    """Where the documents of a stream begin; ValueError if it has no `eos_token_id` behind each."""
+    ends = np.flatnonzero(tokens == (-1 if eos_token_id is None else eos_token_id))
+    if not len(ends) or ends[-1] != len(tokens) - 1:
+        raise ValueError(f"documents must end with eos_token_id, got {eos_token_id} and a text without it")
+    return np.concatenate(([0], ends[:-1] + 1))
+
+
+def every_document(tokens: np.ndarray, eos_token_id: int | None, stride: int) -> np.ndarray:
+    """The stream of the documents 0, `stride`, 2 `stride`, ... of a stream."""
+    starts = document_starts(tokens, eos_token_id)
+    lengths = np.diff(np.append(starts, len(tokens)))
+    return np.asarray(tokens)[np.repeat(np.arange(len(starts)) % stride == 0, lengths)]
+
+
 class DocumentBlocks(PackedTokens):
     """Blocks (L,) of a token stream (N,) that each begin with a document: block i is document i and what follows it.
 
@@ -434,10 +449,7 @@ class DocumentBlocks(PackedTokens):
 
     def __init__(self, tokens: np.ndarray, length: int, eos_token_id: int | None):
         super().__init__(tokens, length)
-        ends = np.flatnonzero(tokens == (-1 if eos_token_id is None else eos_token_id))
-        if not len(ends) or ends[-1] != len(tokens) - 1:
-            raise ValueError(f"documents must end with eos_token_id, got {eos_token_id} and a text without it")
-        self.starts = np.concatenate(([0], ends[:-1] + 1))
+        self.starts = document_starts(tokens, eos_token_id)
 
     def __len__(self) -> int:
         return len(self.starts)

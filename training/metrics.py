@@ -12,6 +12,7 @@ Shapes: B samples, R reference texts, L length, V vocabulary, D hidden size, F f
 """
 
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 
@@ -308,18 +309,22 @@ def repetition_rate(sequences: Sequence[Sequence], n: int = 4) -> np.ndarray:
     return 1 - np.bincount(owner_G[distinct], minlength=B) / np.maximum(counts_B, 1) - (counts_B == 0)
 
 
+def words_of(text: str) -> list[str]:
+    """Runs of letters, with apostrophes inside, in small letters: "Don't stop!" is don't, stop."""
+    return re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*", text.lower())
+
+
 def word_list(texts: Iterable[str]) -> set[str]:
-    """The words of reference texts, split at white space; the first and last of each may be cut and are left out."""
-    return {word for text in texts for word in text.split()[1:-1]}
+    """The words of reference texts; the first and last of each may be cut and are left out."""
+    return {word for text in texts for word in words_of(text)[1:-1]}
 
 
 def real_word_share(texts: Sequence[str], words: set[str]) -> np.ndarray:
-    """(B,) share of the words of each text that are in `words`, for character models.
+    """(B,) share of the words of each text that are in `words`.
 
-    Words are split at white space. The first and the last of a text may be cut and do not count; a text without
-    other words has share 0.
+    The first and the last of a text may be cut and do not count; a text without other words has share 0.
     """
-    whole = [text.split()[1:-1] for text in texts]
+    whole = [words_of(text)[1:-1] for text in texts]
     return np.array([sum(word in words for word in own) / max(len(own), 1) for own in whole])
 
 

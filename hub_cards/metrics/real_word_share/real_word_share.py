@@ -5,7 +5,7 @@ import evaluate
 
 from .metrics import bootstrap_interval, real_word_share, word_list
 
-DESCRIPTION = "For character models: the share of the words of a text that occur in reference texts."
+DESCRIPTION = "The share of the words of a text that occur in reference texts."
 USAGE = """
 Args:
     predictions: texts. references: as many real texts; their words are the word list.
