@@ -1,10 +1,12 @@
-"""Watch EDLM write: a prompt completed and a text out of nothing, each without the energy (MDLM) and with it.
+"""Watch EDLM write: the opening of a story, then a gap in the middle of one, each without the energy and with it.
 
-    python hub_cards/demo.py --model hub_cards/edlm-wiki27
+    python hub_cards/demo.py --model hub_cards/edlm-stories
 
-EDLM (arXiv 2410.21357): a masked diffusion model proposes all tokens in parallel, and at each step an energy of the
-whole sequence chooses among k proposals. Everything comes from the model folder, the code too, as it would from the
-Hub: the package `modeling_edlm` is not imported.
+A masked diffusion model (MDLM) fills all blanks of a text in parallel, some at each step. EDLM (arXiv 2410.21357) lets
+it propose several versions at a step, and an energy, a network that reads the whole text, chooses one. Both may spend
+the same number of network passes. At the end a judge, a model that had no part in the texts, compares many of them.
+
+Everything comes from the model folder, the code too, as it would from the Hub: the package is not imported.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import sys
@@ -23,10 +26,19 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-if TYPE_CHECKING:  # these take seconds to import: --help and a wrong path are answered without them
+if TYPE_CHECKING:  # these take seconds to import: --help and a wrong value are answered without them
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+PROMPT = "Once upon a time, there was a little girl named Lily. She"
+GAP = (
+    "Tom had a red ball. He loved to play with it in the park. One day, the ball rolled into the pond. [MASK 24] Tom "
+    'was so happy to have his ball back. He said, "Thank you!" and gave the dog a big hug.'
+)
+NEW_TOKENS = 96  # of the story's opening
+SAMPLES = 16  # that the verdict is about, of each sampler
+SURE = 2  # standard errors that make a difference
+MARK = re.compile(r"\[MASK(?: (\d{1,4}))?\]")  # [MASK 12] is twelve
 FRAME_SECONDS = 1 / 15
 MAX_WIDTH = 100
 GIVEN, MASK, NEW, OLD = "1", "2", "1;32", ""  # ANSI styles: bold, dim, bold green, none
@@ -51,9 +63,10 @@ class Canvas:
         window: tuple[float, float] | None,
     ):
         self.mask, self.start, self.num_steps, self.label, self.window = mask_token_id, start, num_steps, label, window
+        self.eos = tokenizer.eos_token_id
         self.live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self.color = self.live and not os.environ.get("NO_COLOR")
-        self.piece = functools.cache(lambda token: printable(tokenizer.decode([token])))
+        self.piece = functools.cache(lambda token: printable(tokenizer.decode([token], skip_special_tokens=True)))
         self.snapshots = {round(num_steps * quarter / 4) for quarter in range(5)}
         self.shown, self.height = start, 0  # the last frame: its tokens, its lines
         self.last = self.seconds = 0.0  # when it was drawn; what all drawing took
@@ -61,28 +74,28 @@ class Canvas:
     def callback(self, model: PreTrainedModel, step: int, t: float, state: dict[str, torch.Tensor]) -> None:
         """For `generate(callback_on_step_end=...)`. Steps that come too fast for a frame of their own get none."""
         done = step + 1
-        if done == self.num_steps:
-            is_due = True
-        elif self.live:
+        if self.live:
             is_due = time.perf_counter() - self.last >= FRAME_SECONDS
         else:
             is_due = done in self.snapshots
-        if is_due:
+        if is_due and done < self.num_steps:
             ids = state["sequences"][0].tolist()  # waits for the device: that is sampling, not drawing
             started = time.perf_counter()
             self.draw(ids, done, self.window is not None and self.window[1] - 1e-9 <= t <= self.window[0] + 1e-9)
             self.seconds += time.perf_counter() - started
 
     def draw(self, ids: list[int], done: int, energy_acts: bool = False) -> None:
-        """The state after `done` steps."""
+        """The state after `done` steps. What follows the end of the text is not shown."""
         size = shutil.get_terminal_size((MAX_WIDTH, 24))
         width = max(10, min(MAX_WIDTH, size.columns - 1))
         cells = []
         for token, before, first in zip(ids, self.shown, self.start, strict=True):
+            if token == self.eos and first == self.mask:
+                break
             is_new = before == self.mask and done < self.num_steps  # the finished text has no marks of the last step
             style = MASK if token == self.mask else GIVEN if first != self.mask else NEW if is_new else OLD
-            cells += [(character, style) for character in ("." if style == MASK else self.piece(token))]
-        lines = [self.paint(cells[i : i + width]) for i in range(0, len(cells), width)]
+            cells += [(character, style) for character in (" ." if style == MASK else self.piece(token))]
+        lines = [self.paint(line) for line in wrapped(cells, width)]
         progress = f"{done}/{self.num_steps} t={1 - done / self.num_steps:.2f}"
         if not self.live:
             print(f"-- {self.label} {progress}", *lines, sep="\n", flush=True)
@@ -110,89 +123,171 @@ class Canvas:
             sys.stdout.flush()
 
 
+def wrapped(cells: list[tuple[str, str]], width: int) -> list[list[tuple[str, str]]]:
+    """Lines of at most `width` cells, broken at spaces where there are any."""
+    lines = []
+    while len(cells) > width:
+        cut = next((i for i in range(width, 0, -1) if cells[i][0] == " "), width)
+        lines.append(cells[:cut])
+        cells = cells[cut + (cells[cut][0] == " ") :]
+    return [*lines, cells]
+
+
 def printable(text: str) -> str:
     """Sampled text must not steer the terminal."""
     return "".join(character if character.isprintable() else " " for character in text)
 
 
-def bits_per_character(
-    ar: PreTrainedModel, ids_1L: torch.Tensor, start_1L: torch.Tensor, tokenizer: PreTrainedTokenizerBase
-) -> float:
-    """-log2 p_AR of the generated tokens, each given the BOS and all before it, over the number of characters."""
-    is_generated_L = start_1L[0] == ar.config.mask_token_id
-    inputs_1L = ids_1L.roll(1, dims=1)
-    inputs_1L[:, 0] = ar.config.bos_token_id
-    logits_LV = ar(input_ids=inputs_1L).logits[0].float()
-    logits_LV[:, ar.config.mask_token_id] = float("-inf")  # no text contains the mask
-    log_p_L = logits_LV.log_softmax(-1).gather(-1, ids_1L[0, :, None])[:, 0]
-    return -log_p_L[is_generated_L].sum().item() / math.log(2) / len(tokenizer.decode(ids_1L[0, is_generated_L]))
+class Judge:
+    """A causal model of the folder that is not the energy, and the words that its training text has, where listed."""
+
+    def __init__(self, folder: Path, part: str, device: str):
+        from transformers import AutoModelForCausalLM
+
+        # configuration and weights from the subfolder, code from the folder itself
+        self.model = AutoModelForCausalLM.from_pretrained(folder, subfolder=part, trust_remote_code=True)
+        self.model.to(device).eval()
+        words = folder / part / "words.txt"
+        self.words = set(words.read_text(encoding="utf-8").split()) if words.is_file() else None
+
+    def read(self, ids_BL: torch.Tensor, start_L: list[int], tokenizer) -> dict[str, list[float]]:
+        """Of each text: bits per character of the first blank and all that follows, and the share of known words."""
+        import torch
+
+        config, first = self.model.config, start_L.index(self.model.config.mask_token_id)
+        eos_BL = (ids_BL == (-1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id)).long()
+        within_BL = eos_BL.cumsum(-1) - eos_BL == 0
+        inputs_BL = ids_BL.roll(1, dims=1)
+        inputs_BL[:, 0] = config.bos_token_id
+        logits_BLV = self.model(input_ids=inputs_BL).logits.float()
+        logits_BLV[..., config.mask_token_id] = float("-inf")  # no text contains the mask
+        log_p_BL = logits_BLV.log_softmax(-1).gather(-1, ids_BL[..., None])[..., 0]
+        counted_BL = within_BL & (torch.arange(ids_BL.shape[1], device=ids_BL.device) >= first)
+        bits_B = -(log_p_BL * counted_BL).sum(-1) / math.log(2)
+
+        def text(where_BL, b):
+            return tokenizer.decode(ids_BL[b, where_BL[b]], skip_special_tokens=True)
+
+        rows = range(len(ids_BL))
+        found = {"bits_per_character": [bits_B[b].item() / max(1, len(text(counted_BL, b))) for b in rows]}
+        if self.words is not None:
+            found["known_words"] = [known_share(text(within_BL, b), self.words) for b in rows]
+        return found
 
 
-def sample(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    ar: PreTrainedModel | None,
-    prompt_1P: torch.Tensor | None,
-    num_candidates: int,
-    options: argparse.Namespace,
-) -> dict:
-    """Write one text, show it, and say what it cost and what the energy and the AR model give it."""
-    label, mask, window = "MDLM", model.config.mask_token_id, None
-    task = f"{'writes freely' if prompt_1P is None else 'completes the prompt'}: {options.num_steps} steps"
-    if num_candidates > 1:
-        label, window = "EDLM", model.generation_config.energy_window
-        task += f", the energy chooses among {num_candidates} at t in [{window[1]}, {window[0]}]"
-    given = [] if prompt_1P is None else prompt_1P[0].tolist()
-    start = given + [mask] * (options.length - len(given))
-    canvas = Canvas(tokenizer, mask, start, options.num_steps, label, window)
-    print(f"\n{label} {task}")
-    try:
-        canvas.draw(start, 0)
-        started = time.perf_counter()
-        output = model.generate(
-            prompt_1P,
-            max_length=options.length,
-            num_steps=options.num_steps,
-            num_candidates=num_candidates,
-            seed=options.seed,
-            return_dict_in_generate=True,
-            callback_on_step_end=canvas.callback,
-        )
-        seconds = time.perf_counter() - started - canvas.seconds
-    finally:
-        canvas.close()
-    ids_1L, start_1L = output.sequences, output.sequences.new_tensor([start])
-    time_told = 1.0 if model.config.energy_target == "x0" else 0.0  # a step energy is told the time of xs
-    return {
-        "text_is": "unconditional" if prompt_1P is None else "completion",
-        "sampler": label,
-        "num_candidates": num_candidates,
-        "prompt": tokenizer.decode(given),
-        "text": tokenizer.decode(ids_1L[0]),
-        "nfe": int(output.nfe),
-        "energy_nfe": int(output.energy_nfe),
-        "seconds": seconds,
-        "energy": model.energy(ids_1L, start_1L, time_told).item(),
-        "ar_bits_per_character": None if ar is None else bits_per_character(ar, ids_1L, start_1L, tokenizer),
-    }
+def known_share(text: str, words: set[str]) -> float:
+    """The first and the last word may be cut and do not count."""
+    own = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*", text.lower())[1:-1]
+    return sum(word in words for word in own) / max(1, len(own))
 
 
-def report(samples: list[dict], energy_type: str, folder: Path) -> str:
-    """The table of all samples, and what it does not say."""
-    has_ar = samples[0]["ar_bits_per_character"] is not None
-    rows = ["text           sampler  nfe  energy_nfe  seconds   energy" + "  AR bits/char" * has_ar]
-    for s in samples:
-        row = f"{s['text_is']:<15}{s['sampler']:<7}{s['nfe']:>5}{s['energy_nfe']:>12}{s['seconds']:>9.2f}"
-        rows.append(row + f"{s['energy']:>9.2f}" + (f"{s['ar_bits_per_character']:>14.3f}" if has_ar else ""))
-    rows += ["", "Energy: of the finished text, proposed in one go for the starting canvas; low is good."]
-    rows.append(f"One sample each is an anecdote: the measured numbers are in the card, {folder / 'README.md'}")
-    if not has_ar:
-        rows.append(f"No AR bits per character: {folder / 'ar'} holds no model.")
-    elif energy_type == "nce":
-        rows.append("The AR model only scores here; the energy is a network of its own (nce).")
-    elif energy_type in ("ar", "coar"):
-        rows.append(f"The energy ({energy_type}) is an AR model too: bits/char is no independent judge of EDLM here.")
-    return "\n".join(rows)
+def expected_passes(blanks: int, num_steps: int, num_candidates: int, window: tuple[float, float]) -> float:
+    """Of both networks: a step that reveals nothing costs nothing, and candidates are scored within the window."""
+    acting = sum(window[1] - 1e-9 <= 1 - i / num_steps <= window[0] + 1e-9 for i in range(num_steps))
+    return (1 - (1 - 1 / num_steps) ** blanks) * (num_steps + (num_candidates * acting if num_candidates > 1 else 0))
+
+
+def steps_of_equal_cost(blanks: int, passes: float) -> int:
+    """Steps at which MDLM is expected to spend as many passes; it can use no more than about one for each blank."""
+    steps = range(1, max(2, math.ceil(4 * passes)))
+    return min(steps, key=lambda T: abs(expected_passes(blanks, T, 1, (1.0, 0.0)) - passes))
+
+
+class Task:
+    """A text with blanks, and how each sampler fills it."""
+
+    def __init__(self, name: str, start: list[int], model: PreTrainedModel, options: argparse.Namespace):
+        self.name, self.start, self.model, self.options = name, start, model, options
+        defaults, blanks = model.generation_config, start.count(model.config.mask_token_id)
+        T, k = options.steps or defaults.num_steps, defaults.num_candidates
+        self.settings = {"MDLM": {"num_steps": T, "num_candidates": 1}}
+        if model.energy_type != "none":
+            passes = expected_passes(blanks, T, k, defaults.energy_window)
+            self.settings["MDLM"]["num_steps"] = steps_of_equal_cost(blanks, passes)
+            self.settings["EDLM"] = {"num_steps": T, "num_candidates": k}
+
+    def generate(self, sampler: str, **options):
+        import torch
+
+        start_1L = torch.tensor([self.start], device=self.model.device)
+        return self.model.generate(start_1L, **self.settings[sampler], return_dict_in_generate=True, **options)
+
+    def show(self, sampler: str, tokenizer: PreTrainedTokenizerBase) -> dict:
+        """One text, on the screen while it is filled."""
+        setting, window = self.settings[sampler], None
+        if sampler == "EDLM":
+            window = self.model.generation_config.energy_window
+        canvas = Canvas(tokenizer, self.model.config.mask_token_id, self.start, setting["num_steps"], sampler, window)
+        try:
+            canvas.draw(self.start, 0)
+            started = time.perf_counter()
+            output = self.generate(sampler, seed=self.options.seed, callback_on_step_end=canvas.callback)
+            seconds = time.perf_counter() - started - canvas.seconds
+            canvas.draw(output.sequences[0].tolist(), setting["num_steps"])
+        finally:
+            canvas.close()
+        facts = {"nfe": int(output.nfe), "energy_nfe": int(output.energy_nfe), "seconds": seconds}
+        print(f"{sampler}: {facts['nfe']} + {facts['energy_nfe']} passes, {seconds:.1f} s\n")
+        text = tokenizer.decode(output.sequences[0], skip_special_tokens=True)
+        return {"task": self.name, "sampler": sampler} | setting | facts | {"text": text}
+
+    def judged(self, judge: Judge, tokenizer: PreTrainedTokenizerBase) -> dict:
+        """What the judge says of SAMPLES texts of each sampler."""
+        from tqdm import tqdm
+
+        found = {}
+        for sampler, setting in self.settings.items():
+            bar = tqdm(total=setting["num_steps"], desc=f"{self.name}, {sampler}, {SAMPLES} texts", leave=False)
+            with bar:
+                output = self.generate(
+                    sampler,
+                    num_return_sequences=SAMPLES,
+                    seed=self.options.seed,
+                    callback_on_step_end=lambda *_, bar=bar: bar.update(),
+                )
+            found[sampler] = judge.read(output.sequences, self.start, tokenizer)
+            found[sampler]["passes"] = (output.nfe + output.energy_nfe).tolist()
+        return found
+
+
+def mean(values: list[float]) -> tuple[float, float]:
+    """Mean and standard error."""
+    average = sum(values) / len(values)
+    return average, math.sqrt(sum((v - average) ** 2 for v in values) / (len(values) - 1) / len(values))
+
+
+def verdict(found: dict[str, dict[str, list[float]]]) -> str:
+    """EDLM against MDLM on the same seeds, in the words that the numbers allow."""
+    pairs = zip(found["MDLM"]["bits_per_character"], found["EDLM"]["bits_per_character"], strict=True)
+    gain, stderr = mean([mdlm - edlm for mdlm, edlm in pairs])
+    if abs(gain) <= SURE * stderr:
+        return f"no difference seen ({gain:+.2f} +- {stderr:.2f} bits per character)"
+    return f"EDLM is {'better' if gain > 0 else 'worse'} by {abs(gain):.2f} +- {stderr:.2f} bits per character"
+
+
+def report(judged: dict[str, dict]) -> str:
+    rows = [f"{'':<8}{'sampler':<9}{'passes':>7}  {'bits per character':<20}{'known words':<14}".rstrip()]
+    for task, found in judged.items():
+        for sampler, values in found.items():
+            cells = ["{:.2f} +- {:.2f}".format(*mean(values["bits_per_character"]))]
+            if "known_words" in values:
+                cells.append("{:.3f} +- {:.3f}".format(*mean(values["known_words"])))
+            passes = mean(values["passes"])[0]
+            rows.append(f"{task:<8}{sampler:<9}{passes:>7.0f}  {cells[0]:<20}{''.join(cells[1:])}".rstrip())
+    return "\n".join([*rows, *(f"{task}: {verdict(found)}" for task, found in judged.items() if "EDLM" in found)])
+
+
+def blanks(text: str, tokenizer: PreTrainedTokenizerBase, mask: int, longest: int) -> list[int]:
+    """Token ids, with the mask where the text has [MASK] or, for several, [MASK 12]."""
+    ids = []
+    for i, piece in enumerate(MARK.split(text)):
+        if i % 2:
+            ids += [mask] * int(piece or 1)
+        elif piece:
+            ids += tokenizer(piece, add_special_tokens=False).input_ids
+    if not 0 < ids.count(mask) <= len(ids) <= longest:
+        raise SystemExit(f"demo: --gap must have [MASK] and at most {longest} tokens, got {len(ids)} in {text!r}")
+    return ids
 
 
 def run(options: argparse.Namespace) -> None:
@@ -204,41 +299,53 @@ def run(options: argparse.Namespace) -> None:
     import torch
     import transformers
     from safetensors import SafetensorError
-    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModel, AutoTokenizer
 
     transformers.utils.logging.disable_progress_bar()
     torch.set_grad_enabled(False)
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    ar = None
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:  # torch's own words are many lines
+        raise SystemExit(f"demo: --device {options.device!r} is not here: {str(error).splitlines()[0]}") from None
+    judge = None
     try:
         model = AutoModel.from_pretrained(folder, trust_remote_code=True).to(options.device).eval()
         # A tokenizer without code of its own; but the library reads config.json for it, and would ask about the code.
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-        if (folder / "ar" / "config.json").is_file():  # configuration and weights from ar/, code from the folder itself
-            ar = AutoModelForCausalLM.from_pretrained(folder, subfolder="ar", trust_remote_code=True)
-            ar = ar.to(options.device).eval()
+        parts = ["judge"] + ["ar"] * (
+            model.energy_type not in ("ar", "coar")
+        )  # the energy is no judge of its own texts
+        if part := next((part for part in parts if (folder / part / "config.json").is_file()), None):
+            judge = Judge(folder, part, options.device)
     except (OSError, ValueError, SafetensorError) as error:
         give_up(folder, str(error).splitlines()[0])
     assert "modeling_edlm" not in sys.modules, "the model folder alone must do"
 
-    prompt_1P = tokenizer(options.prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(options.device)
-    given, longest = prompt_1P.shape[1], model.config.max_position_embeddings
-    options.length = options.length or min(256, longest)
-    if not given < options.length <= longest:
-        raise SystemExit(
-            f"demo: --length must lie above {given} (the prompt) and up to {longest}, got {options.length}"
-        )
+    mask, longest, config = model.config.mask_token_id, model.config.max_position_embeddings, model.generation_config
+    prompt = tokenizer(options.prompt, add_special_tokens=False).input_ids
+    if not len(prompt) < longest:
+        raise SystemExit(f"demo: --prompt must have fewer than {longest} tokens, got {len(prompt)}")
+    opening = prompt + [mask] * min(NEW_TOKENS, longest - len(prompt))
+    tasks = [Task("story", opening, model, options)]
+    tasks.append(Task("gap", blanks(options.gap, tokenizer, mask, longest), model, options))
     where = torch.cuda.get_device_name(options.device) if model.device.type == "cuda" else platform.machine()
-    print(
+    sizes = (
         f"{model.num_parameters():,} parameters, energy {model.energy_type}, {model.dtype} on {model.device} ({where})"
     )
-
-    # Both ways to step once, untimed: what is set up at first use is no sample's cost.
-    model.generate(max_length=options.length, num_steps=2, num_candidates=options.num_candidates, seed=0)
-    candidates = [1] if model.energy_type == "none" else sorted({1, options.num_candidates})
-    samples = [sample(model, tokenizer, ar, prompt, k, options) for prompt in (prompt_1P, None) for k in candidates]
-    print("", report(samples, model.energy_type, folder), sep="\n")
+    print(sizes)
+    if model.energy_type != "none":
+        hi, lo = config.energy_window
+        print(f"The energy chooses among {config.num_candidates} proposals while t, from 1 to 0, is in [{lo}, {hi}].")
+    print()
+    samples = [task.show(sampler, tokenizer) for task in tasks for sampler in task.settings]
+    judged = {}
+    if judge is None:
+        print(f"No verdict: {folder} has no model that could judge, in judge/ or in ar/ where that is not the energy.")
+    else:
+        judged = {task.name: task.judged(judge, tokenizer) for task in tasks}
+        print(f"The verdict of a judge that had no part in it, over {SAMPLES} texts each:\n\n{report(judged)}")
     if options.json:
         result = {
             "command": shlex.join(["python", *sys.argv]),
@@ -246,7 +353,7 @@ def run(options: argparse.Namespace) -> None:
                 name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()
             },
             "config": model.config.to_dict(),
-            "generation_config": model.generation_config.to_dict(),
+            "generation_config": config.to_dict(),
             "device": f"{model.device} ({where})",
             "dtype": str(model.dtype),
             "num_threads": torch.get_num_threads(),
@@ -254,6 +361,7 @@ def run(options: argparse.Namespace) -> None:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "samples": samples,
+            "judged": judged,
         }
         temporary = options.json.with_name(f"{options.json.name}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(result, indent=2) + "\n")
@@ -262,39 +370,52 @@ def run(options: argparse.Namespace) -> None:
 
 def give_up(folder: Path, reason: str) -> NoReturn:
     raise SystemExit(
-        f"demo: {folder} is not a complete model folder: {reason}\n"
-        "`make model` puts the code files (*.py) there; configuration, tokenizer and weights it cannot make."
+        f"demo: --model {folder} is not a complete model folder: {reason}; `make model` puts the code files there"
     )
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage."""
+        raise SystemExit(f"demo: {message}")
+
+
 def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def number(text: str) -> int:
+    if not re.fullmatch(r"-?\d{1,18}", text):
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
     return int(text)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "edlm-wiki27", help="model folder")
-    parser.add_argument("--prompt", default="the history of the city begins in the ")
-    parser.add_argument(
-        "--length", type=positive, help="tokens of a text, its prompt included (256 or the most it can)"
-    )
-    parser.add_argument("--num_steps", type=positive, default=64, help="denoising steps (%(default)s)")
-    parser.add_argument("--num_candidates", type=positive, default=8, help="of EDLM; MDLM has one (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "edlm-stories", help="model folder")
+    parser.add_argument("--prompt", default=PROMPT, help="beginning of the story (%(default)r)")
+    parser.add_argument("--gap", default=GAP, help="a text with [MASK 12] where twelve tokens are missing")
+    parser.add_argument("--steps", type=positive, help="denoising steps of EDLM (the model's own)")
+    parser.add_argument("--seed", type=number, default=0)
     parser.add_argument("--device", default="auto", help="auto is cuda where there is one, else cpu")
     parser.add_argument("--json", type=Path, help="write texts and numbers to this file")
     options = parser.parse_args()
-    if not options.prompt:
+    if not options.prompt.strip():
         parser.error("--prompt is empty")
+    if not MARK.search(options.gap):
+        parser.error(f"--gap must have [MASK] or [MASK 12] where something is missing, got {options.gap!r}")
     if options.json and not options.json.parent.is_dir():
         parser.error(f"--json: there is no folder {options.json.parent}")
     try:
         run(options)
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        print()
         return 130
+    except BrokenPipeError:  # whoever read has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -24,28 +24,37 @@ import engine
 import gradio as gr
 import panels
 from engine import Settings
-from limits import MAX_CANDIDATES, MAX_QUEUE, MAX_SEED, MAX_STEPS, SECONDS, Refused
+from limits import MAX_CANDIDATES, MAX_QUEUE, MAX_SEED, MAX_STEPS, SECONDS, Refused, shown
 from models import Models, allowed
 
 HERE = Path(__file__).resolve().parent
 MODELS = Models()
 PAPER = "https://arxiv.org/abs/2410.21357"
 EXAMPLES = {
-    "Continue": "the history of the city begins in the ",
-    "Fill gaps": "the [MASK 10] of england was born in [MASK 12] and died in the year one [MASK 12] hundred",
+    "Continue": "Once upon a time, there was a little girl named Lily. She",
+    "Fill a gap": (
+        "One day, Tom went to the park with his dog, Max. They saw a big red ball under a tree. Max wanted to play "
+        'with the ball.[MASK 20] Tom was very happy. He said, "Thank you, Max! You are a good dog." Then they went '
+        "home together."
+    ),
     "From nothing": "",
 }
 TO_SCORE = (
-    "the history of the city begins in the middle ages when a small settlement grew around the church and the market"
+    "Once upon a time, there was a little girl named Lily. She had a red ball. One day, the ball rolled into the "
+    "pond. Lily was sad, but her dad helped her get it back."
 )
 # Fonts of the machine: nothing is fetched from elsewhere.
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}
+SHARED = {"model": None, "yes": True, "no": False}
 ARGUMENTS = """text: what to continue; with [MASK], or [MASK 12] for twelve tokens, what to fill; empty for a free text.
-        num_steps: denoising steps, at most 256.
-        num_candidates: proposals that the energy chooses from at a step, at most 16; 1 is plain masked diffusion.
-        window_low: the energy acts while the time, which runs from 1 to 0, is at least this.
-        shared_completion: whether the proposals of a step differ only in what the step reveals.
+        num_steps: denoising steps, 1 to 256; 0 is the model's own number.
+        num_candidates: proposals that the energy chooses from at a step, 1 to 16; 1 is plain masked diffusion, 0 the
+            model's own number.
+        window_high: the time runs from 1 to 0, and the energy acts from this time on; -1 is the model's own value.
+        window_low: the energy acts until this time, at most window_high; -1 is the model's own value.
+        shared_completion: "yes" if the proposals of a step differ only in what the step reveals, "no" if they differ
+            everywhere, "model" for the model's own choice.
         temperature: of the proposals.
         seed: fixes the result; -1 draws a new one.
         length: tokens in all where the text has no gaps; 0 is as many as the model allows.
@@ -81,9 +90,23 @@ def on_gpu(fn):
     return spaces.GPU(duration=int(SECONDS))(fn) if spaces else fn
 
 
-def settings_of(num_steps, num_candidates, window_low, shared_completion, temperature, seed, length) -> Settings:
-    seed = secrets.randbelow(MAX_SEED) if seed == -1 else seed
-    return Settings(num_steps, num_candidates, window_low, shared_completion, temperature, seed, length or 0)
+def settings_of(
+    loaded, num_steps, num_candidates, window_high, window_low, shared_completion, temperature, seed, length
+) -> Settings:
+    """From the arguments of an endpoint, or from the page, where shared_completion is a checkbox."""
+    if shared_completion not in (*SHARED, True, False):
+        raise Refused(f"shared_completion must be 'model', 'yes' or 'no', got {shown(shared_completion)}")
+    return Settings.of(
+        loaded,
+        num_steps=None if num_steps == 0 else num_steps,
+        num_candidates=None if num_candidates == 0 else num_candidates,
+        window_high=None if window_high == -1 else window_high,
+        window_low=None if window_low == -1 else window_low,
+        shared_completion=SHARED.get(shared_completion, shared_completion),
+        temperature=temperature,
+        seed=secrets.randbelow(MAX_SEED) if seed == -1 else seed,
+        length=length,
+    )
 
 
 # ---- for programs: the same, typed and without a page
@@ -100,10 +123,11 @@ def documented(fn):
 @documented
 def write(
     text: str = "",
-    num_steps: int = 64,
-    num_candidates: int = 8,
-    window_low: float = 0.8,
-    shared_completion: bool = False,
+    num_steps: int = 0,
+    num_candidates: int = 0,
+    window_high: float = -1.0,
+    window_low: float = -1.0,
+    shared_completion: str = "model",
     temperature: float = 1.0,
     seed: int = -1,
     length: int = 0,
@@ -117,8 +141,8 @@ def write(
         drafts and at last the result: text, masked, step, num_steps, nfe, energy_nfe, seconds, seed and state, which is
         running, done, or time for one cut off by the time limit.
     """
-    settings = settings_of(num_steps, num_candidates, window_low, shared_completion, temperature, seed, length)
-    for run in engine.write(MODELS.get(model), text, settings):
+    loaded, sampler = MODELS.get(model), (num_steps, num_candidates, window_high, window_low, shared_completion)
+    for run in engine.write(loaded, text, settings_of(loaded, *sampler, temperature, seed, length)):
         yield summary(run)
 
 
@@ -127,10 +151,11 @@ def write(
 @documented
 def compare(
     text: str = "",
-    num_steps: int = 64,
-    num_candidates: int = 8,
-    window_low: float = 0.8,
-    shared_completion: bool = False,
+    num_steps: int = 0,
+    num_candidates: int = 0,
+    window_high: float = -1.0,
+    window_low: float = -1.0,
+    shared_completion: str = "model",
     temperature: float = 1.0,
     seed: int = -1,
     length: int = 0,
@@ -143,11 +168,12 @@ def compare(
         {arguments}
         equal: what both may spend, "denoiser calls" or "seconds".
     Returns:
-        mdlm and edlm, each as from write, and facts about each: calls, seconds, energy of the whole text, bits per
-        character under the repo's left-to-right model, entropy of the symbols in bits.
+        mdlm and edlm, each as from write, and facts about each: calls, seconds, tokens up to the end of the text,
+        energy of the whole text, bits per character under the repo's left-to-right model, entropy of the tokens in
+        bits.
     """
-    settings = settings_of(num_steps, num_candidates, window_low, shared_completion, temperature, seed, length)
-    for runs in engine.compare(MODELS.get(model), text, settings, equal):
+    loaded, sampler = MODELS.get(model), (num_steps, num_candidates, window_high, window_low, shared_completion)
+    for runs in engine.compare(loaded, text, settings_of(loaded, *sampler, temperature, seed, length), equal):
         yield {name: runs[name] and summary(runs[name]) for name in ("mdlm", "edlm")} | {"facts": runs["facts"]}
 
 
@@ -156,10 +182,11 @@ def compare(
 @documented
 def inspect(
     text: str = "",
-    num_steps: int = 64,
-    num_candidates: int = 8,
-    window_low: float = 0.8,
-    shared_completion: bool = False,
+    num_steps: int = 0,
+    num_candidates: int = 0,
+    window_high: float = -1.0,
+    window_low: float = -1.0,
+    shared_completion: str = "model",
     temperature: float = 1.0,
     seed: int = -1,
     length: int = 0,
@@ -175,8 +202,8 @@ def inspect(
         run as from write; choice with step, t, candidates (texts), energies, weights, kept (an index) and ess, or null
         where the energy acted at no step; ess as pairs of step and effective number of proposals.
     """
-    settings = settings_of(num_steps, num_candidates, window_low, shared_completion, temperature, seed, length)
-    for found in engine.inspect(MODELS.get(model), text, settings, step):
+    loaded, sampler = MODELS.get(model), (num_steps, num_candidates, window_high, window_low, shared_completion)
+    for found in engine.inspect(loaded, text, settings_of(loaded, *sampler, temperature, seed, length), step):
         choices = found["choices"]
         nearest = min(choices, key=lambda choice: abs(choice["step"] - step), default=None)
         if nearest is not None:
@@ -190,10 +217,11 @@ def inspect(
 @on_gpu
 def score(
     text: str,
-    num_steps: int = 64,
-    num_candidates: int = 8,
-    window_low: float = 0.8,
-    shared_completion: bool = False,
+    num_steps: int = 0,
+    num_candidates: int = 0,
+    window_high: float = -1.0,
+    window_low: float = -1.0,
+    shared_completion: str = "model",
     seed: int = 0,
     model: str = "",
 ) -> Iterator[dict]:
@@ -201,15 +229,16 @@ def score(
 
     Args:
         text: without gaps.
-        num_steps, num_candidates, window_low, shared_completion: of the sampler whose bound is estimated.
-        seed: of the estimates.
+        num_steps, num_candidates, window_high, window_low, shared_completion: of the sampler whose bound is estimated,
+            as for write: 0, 0, -1, -1 and "model" are the model's own.
+        seed: of the estimates; -1 draws a new one.
         model: one of the models of this Space; empty is its first.
     Returns:
         after each round: estimates by name (sampler, mdlm, paper) with bits, stderr and gain, ar for the exact value of
         the repo's left-to-right model or null, characters, tokens, done, rounds, state.
     """
-    settings = settings_of(num_steps, num_candidates, window_low, shared_completion, 1.0, seed, 0)
-    yield from engine.score(MODELS.get(model), text, settings)
+    loaded, sampler = MODELS.get(model), (num_steps, num_candidates, window_high, window_low, shared_completion)
+    yield from engine.score(loaded, text, settings_of(loaded, *sampler, 1.0, seed, 0))
 
 
 def summary(run: dict) -> dict:
@@ -223,36 +252,39 @@ def summary(run: dict) -> dict:
 @told
 @on_gpu
 def show_write(text, model, *sampler):
-    yield from engine.write(MODELS.get(model), text, settings_of(*sampler))
+    loaded = MODELS.get(model)
+    yield from engine.write(loaded, text, settings_of(loaded, *sampler))
 
 
 @told
 @on_gpu
 def show_compare(text, model, equal, *sampler):
     loaded = MODELS.get(model)
-    for runs in engine.compare(loaded, text, settings_of(*sampler), equal):
+    for runs in engine.compare(loaded, text, settings_of(loaded, *sampler), equal):
         yield runs["mdlm"], runs["edlm"], panels.compare_table(runs["facts"], loaded.scores_itself)
 
 
 @told
 @on_gpu
 def show_inside(text, model, *sampler):
-    yield from engine.inspect(MODELS.get(model), text, settings_of(*sampler))
+    loaded = MODELS.get(model)
+    yield from engine.inspect(loaded, text, settings_of(loaded, *sampler))
 
 
 @told
 @on_gpu
 def show_score(text, model, *sampler):
-    for result in engine.score(MODELS.get(model), text, settings_of(*sampler)):
+    loaded = MODELS.get(model)
+    for result in engine.score(loaded, text, settings_of(loaded, *sampler)):
         yield panels.score_bars(result)
 
 
 def meet(model):
-    """What is loaded, and the range of lengths that it allows."""
+    """What is loaded, its own settings, and the range of lengths that it allows."""
     try:
         loaded = MODELS.get(model)
     except Exception as error:
-        return f"<div class='edlm-hint'>{escape(str(error))}</div>", gr.skip()
+        return f"<div class='edlm-hint'>{escape(str(error))}</div>", *[gr.skip()] * 6
     kind = {"none": "no energy", "nce": "a trained energy"}.get(loaded.model.energy_type, "an autoregressive energy")
     if loaded.model.config.energy_target == "xs":
         kind += " of the next state"
@@ -263,7 +295,8 @@ def meet(model):
     else:
         name = f"<a href='https://huggingface.co/{name}' target='_blank' rel='noopener'>{name}</a>"
     words = f"Model: {name}, {size:.1f} million parameters, {kind}, {loaded.longest} tokens at most."
-    return f"<div class='edlm-hint'>{words}</div>", gr.Slider(maximum=loaded.longest, value=loaded.longest)
+    length = gr.Slider(maximum=loaded.longest, value=loaded.longest)
+    return f"<div class='edlm-hint'>{words}</div>", *engine.own(loaded).values(), length
 
 
 def hint(text, length, model):
@@ -276,13 +309,13 @@ def hint(text, length, model):
     except ValueError as error:
         return f"<div class='edlm-hint'>{escape(str(error))}</div>"
     masked, given = start.count(loaded.mask), len(start) - start.count(loaded.mask)
-    reads = loaded.tokenizer.decode([i for i in start if i != loaded.mask]) if given else ""
+    reads = loaded.text([i for i in start if i != loaded.mask])
     if not given:
-        words = f"Writes {masked} tokens from nothing."
+        words = f"Write fills {masked} masked tokens, from nothing."
     elif loaded.mask not in engine.tokenize(loaded, text):
-        words = f"Continues your {given} tokens by {masked} more."
+        words = f"Write fills {masked} masked tokens after your {given} tokens."
     else:
-        words = f"Fills {masked} gaps and leaves the other {given} tokens as they are."
+        words = f"Write fills {masked} masked tokens and keeps your other {given} tokens."
     typed = engine.MARK.sub("", text)
     if given and reads != typed:
         words += f" The model reads: <q>{escape(reads)}</q>"
@@ -290,13 +323,18 @@ def hint(text, length, model):
 
 
 def erase(text, start, end, model):
-    """The text with the selected part, or the word at the cursor, made a gap of as many tokens."""
+    """The text with the selected part, or the word at the cursor, made a gap of as many tokens.
+
+    The space before a word is in the gap where it is in the word's token.
+    """
     start, end = (min(int(x or 0), len(text)) for x in (start, end))
     if start == end:
         start, end = text.rfind(" ", 0, start) + 1, (text + " ").find(" ", end)
     loaded = MODELS.ready(model)
     if loaded is None or start >= end:
         return text
+    if loaded.joins_spaces and text[:start].endswith(" "):
+        start -= 1
     try:
         count = len(engine.tokenize(loaded, text[start:end]))
     except Refused:
@@ -329,17 +367,17 @@ def build() -> gr.Blocks:
     names = allowed()
     with gr.Blocks(title="See the energy choose", analytics_enabled=False) as page:
         gr.HTML(
-            '<div class="edlm-head"><h1>See the energy choose</h1><p>This model writes a whole text at once, from '
-            "blanks. At each step it proposes several versions of all that is missing, and an <b>energy</b>, a network "
-            f'that reads whole texts, picks one. Press Write and watch. <a href="{PAPER}" target="_blank" '
-            'rel="noopener">Paper</a></p></div>'
+            '<div class="edlm-head"><h1>See the energy choose</h1><p>This model starts from masked tokens and fills '
+            "them in any order, several at a step. At a step it can make several proposals for all that is missing. "
+            "Then an <b>energy</b>, a network that reads whole texts, chooses one of them. Press Write to see it. "
+            f'<a href="{PAPER}" target="_blank" rel="noopener">Paper</a></p></div>'
         )
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 text = gr.Textbox(
                     EXAMPLES["Continue"],
                     label="Your text",
-                    info="A beginning, or nothing, or a text with gaps: [MASK 12] is one of twelve tokens",
+                    info="A beginning, a text with gaps, or nothing. [MASK 12] is a gap of twelve tokens",
                     lines=3,
                     max_lines=8,
                     elem_id="text",
@@ -351,6 +389,7 @@ def build() -> gr.Blocks:
                     eraser = gr.Button("Make a gap", size="sm", min_width=80, elem_id="erase")
                 told_hint = gr.HTML(elem_id="hint")
                 with gr.Accordion("Settings", open=False, elem_id="settings"):
+                    # these values stand until the model is loaded and brings its own
                     steps = gr.Slider(1, MAX_STEPS, 64, step=1, label="Steps", info="More steps: fewer tokens at once")
                     candidates = gr.Slider(
                         1,
@@ -358,20 +397,28 @@ def build() -> gr.Blocks:
                         8,
                         step=1,
                         label="Proposals k",
-                        info="The energy picks one; 1: no choice",
+                        info="The energy chooses one. 1: there is no choice",
                     )
-                    window = gr.Slider(
+                    high = gr.Slider(
+                        0,
+                        1,
+                        1.0,
+                        step=0.05,
+                        label="Energy acts from t =",
+                        info="Time t is the share of masked tokens. It runs from 1 to 0",
+                    )
+                    low = gr.Slider(
                         0,
                         1,
                         0.8,
                         step=0.05,
                         label="Energy acts until t =",
-                        info="Time runs from 1, all blank, to 0; at 0 it acts at every step",
+                        info="From 1 until 0, it acts at every step",
                     )
                     shared = gr.Checkbox(
                         False,
                         label="Proposals differ only in what the step reveals",
-                        info="They share the rest, which is thrown away (an extension of the paper)",
+                        info="All share the rest, which is not kept (an extension of the paper)",
                     )
                     temperature = gr.Slider(0.1, 2, 1.0, step=0.05, label="Temperature", info="Of the proposals")
                     length = gr.Slider(8, 256, 256, step=1, label="Length", info="In tokens, for texts without gaps")
@@ -393,8 +440,8 @@ def build() -> gr.Blocks:
                     out_write = canvas("Text")
                     gr.HTML(
                         '<div class="edlm-legend"><span><i class="ramp"></i> first to last step</span>'
-                        '<span><i class="ramp sure"></i> a guess to certain</span>'
-                        '<span><i class="tall"></i> the energy chose here</span></div>'
+                        '<span><i class="ramp sure"></i> probability of the token, 0 to 1</span>'
+                        '<span><i class="tall"></i> chosen by the energy</span></div>'
                     )
                 with gr.Tab("Compare"):
                     go_compare, stop_compare = buttons("Compare", "compare")
@@ -420,7 +467,7 @@ def build() -> gr.Blocks:
                     to_score = gr.Textbox(
                         TO_SCORE,
                         label="A text to score",
-                        info="How likely does the model find it?",
+                        info="How likely the model finds it, in bits per character",
                         lines=3,
                         max_lines=10,
                         elem_id="to-score",
@@ -430,7 +477,8 @@ def build() -> gr.Blocks:
                 with gr.Tab("What is this?"):
                     gr.HTML((HERE / "about.html").read_text())
 
-        sampler = [steps, candidates, window, shared, temperature, seed, length]
+        own = [steps, candidates, high, low, shared]
+        sampler = [*own, temperature, seed, length]
         fresh = f"(seed, renew) => {{ {START} return renew ? Math.floor(Math.random() * {MAX_SEED}) : seed; }}"
         first = gr.on([go_write.click, text.submit], None, [seed, renew], seed, js=fresh, **hidden)
         # always_last: a click while the last run is still being stopped is not lost
@@ -445,7 +493,7 @@ def build() -> gr.Blocks:
         for stop, event in events.items():
             stop.click(None, js=STOP, cancels=[event], **hidden)
         gr.on([text.change, length.change], hint, [text, length, model], told_hint, trigger_mode="always_last", **quick)
-        gr.on([page.load, model.change], meet, model, [about_model, length], **quick).then(
+        gr.on([page.load, model.change], meet, model, [about_model, *own, length], **quick).then(
             hint, [text, length, model], told_hint, **quick
         )
         selection = [gr.Number(visible=False) for _ in range(2)]

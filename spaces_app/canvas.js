@@ -23,7 +23,7 @@ function paint() {
   const value = run();
   root.classList.toggle("empty", !value);
   if (!value) {
-    text.replaceChildren("Press the button: the text appears here, from all sides at once.");
+    text.replaceChildren("Press the button. The text appears here while it is written.");
     return;
   }
   const steps = value.num_steps;

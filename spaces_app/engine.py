@@ -7,6 +7,9 @@ A run is a dictionary:
     step        the step that revealed it, None otherwise   p           its probability under the proposal at that step
     num_steps, done      steps in all, and taken            nfe, energy_nfe, seconds, seed
     acted       steps at which the energy chose             state       running, done, stopped or time
+
+A special token is the empty piece. So is what comes after an EOS; where that was still masked, it counts as revealed by
+the step of the EOS, with p 1.
 """
 
 import math
@@ -31,14 +34,17 @@ SAMPLES = 8  # inner ones for each state
 class Settings:
     """How to sample; the names are those of the model's generate(), which has their meaning.
 
+    window_high, window_low: the two ends of its energy_window.
+
     Raises:
         Refused: a value out of range.
     """
 
-    num_steps: int = 64
-    num_candidates: int = 8
-    window_low: float = 0.8
-    shared_completion: bool = False
+    num_steps: int
+    num_candidates: int
+    window_high: float
+    window_low: float
+    shared_completion: bool
     temperature: float = 1.0
     seed: int = 0
     length: int = 0
@@ -47,19 +53,51 @@ class Settings:
         set_ = object.__setattr__
         set_(self, "num_steps", whole("num_steps", self.num_steps, 1, MAX_STEPS))
         set_(self, "num_candidates", whole("num_candidates", self.num_candidates, 1, MAX_CANDIDATES))
+        set_(self, "window_high", number("window_high", self.window_high, 0, 1))
         set_(self, "window_low", number("window_low", self.window_low, 0, 1))
+        if self.window_high < self.window_low:
+            raise Refused(
+                f"window_high must be at least window_low, got {self.window_high:g} and {self.window_low:g}: time runs "
+                "from 1 to 0"
+            )
         if not isinstance(self.shared_completion, bool):
             raise Refused(f"shared_completion must be true or false, got {shown(self.shared_completion)}")
         set_(self, "temperature", number("temperature", self.temperature, 0.05, MAX_TEMPERATURE))
         set_(self, "seed", whole("seed", self.seed, 0, MAX_SEED))
 
+    @classmethod
+    def of(cls, loaded: Loaded, **given) -> "Settings":
+        """The model's own where a value is None or left out."""
+        return cls(**own(loaded) | {name: value for name, value in given.items() if value is not None})
+
+    @property
+    def energy_window(self) -> tuple[float, float]:
+        return self.window_high, self.window_low
+
+
+def own(loaded: Loaded) -> dict:
+    """How the model's generation_config.json says to sample, as far as this Space allows it."""
+    config = loaded.model.generation_config
+    high, low = config.energy_window
+    return {
+        "num_steps": min(config.num_steps, MAX_STEPS),
+        "num_candidates": min(config.num_candidates, MAX_CANDIDATES),
+        "window_high": high,
+        "window_low": low,
+        "shared_completion": config.shared_completion,
+    }
+
 
 def tokenize(loaded: Loaded, text: str, name: str = "text") -> list[int]:
-    """Token ids, with the mask where the text has [MASK] or, for several, [MASK 12]."""
+    """Token ids, with the mask where the text has [MASK] or, for several, [MASK 12].
+
+    Where a token begins with the space before its word, a space before a gap or at the end is left to the token that
+    will be there.
+    """
     ids, pieces = [], MARK.split(words(name, text))
     for i, piece in enumerate(pieces):
         if i % 2 == 0:
-            ids += loaded.tokenizer(piece, add_special_tokens=False).input_ids if piece else []
+            ids += loaded.ids(piece.removesuffix(" ") if loaded.joins_spaces else piece)
         else:
             ids += [loaded.mask] * min(int(piece or 1), loaded.longest + 1)
     if len(ids) > loaded.longest:
@@ -88,11 +126,12 @@ class Recorder:
 
     def __init__(self, loaded, start, settings, watch, report, candidates=None, near=0):
         self.loaded, self.settings, self.watch, self.report = loaded, settings, watch, report
-        self.xt_L = torch.tensor(start)
+        self.xt_L, self.known = torch.tensor(start), {}
         self.room, self.near, self.logits = candidates, near, []
         given = [i != loaded.mask for i in start]
+        self.tail = max((i + 1 for i, is_given in enumerate(given) if is_given), default=0)  # after the last given one
         self.run = {
-            "tokens": [self.piece(i) if is_given else None for i, is_given in zip(start, given, strict=True)],
+            "tokens": self.pieces(start),
             "given": given,
             "step": [None] * len(start),
             "p": [None] * len(start),
@@ -117,7 +156,7 @@ class Recorder:
                 max_length=len(self.xt_L),
                 num_steps=settings.num_steps,
                 num_candidates=settings.num_candidates,
-                energy_window=(1.0, settings.window_low),
+                energy_window=settings.energy_window,
                 shared_completion=settings.shared_completion,
                 temperature=settings.temperature,
                 seed=settings.seed,
@@ -147,7 +186,12 @@ class Recorder:
             at_M = positions_M[is_now_M]
             p_MV = (logits_MV[is_now_M.to(logits_MV.device)].float() / self.settings.temperature).softmax(-1).cpu()
             for i, p in zip(at_M.tolist(), p_MV.gather(-1, xt_L[at_M, None])[:, 0].tolist(), strict=True):
-                run["p"][i], run["step"][i], run["tokens"][i] = round(p, 3), step, self.piece(int(xt_L[i]))
+                if run["step"][i] is None:  # otherwise an EOS before it has come first
+                    run["p"][i], run["step"][i] = round(p, 3), step
+        run["tokens"] = self.pieces(xt_L.tolist())
+        for i, piece in enumerate(run["tokens"]):
+            if piece is not None and not run["given"][i] and run["step"][i] is None:  # padding from now on
+                run["p"][i], run["step"][i] = 1.0, step
         run["nfe"] += bool(self.logits)
         self.logits, self.xt_L = [], xt_L.clone()
         if "energies" in state:
@@ -187,11 +231,23 @@ class Recorder:
         found = [dict(choice) for choice in self.choices]
         for choice in found:
             rows = choice.pop("ids").tolist() if "ids" in choice else None
-            choice["candidates"] = rows and [[self.piece(i) for i in row] for row in rows]
+            choice["candidates"] = rows and [self.pieces(row) for row in rows]
         return found
 
-    def piece(self, i: int) -> str | None:
-        return None if i == self.loaded.mask else self.loaded.tokenizer.decode([i])
+    def pieces(self, ids: list[int]) -> list[str | None]:
+        """The text of each token, None for the mask; nothing for special tokens and, after an EOS, for the padding."""
+        end = self.end(ids)
+        text = [None if i == self.loaded.mask else self.piece(i) for i in ids[:end]]
+        return text + [""] * (len(ids) - end)
+
+    def piece(self, i: int) -> str:
+        if i not in self.known:
+            self.known[i] = self.loaded.text([i])
+        return self.known[i]
+
+    def end(self, ids: list[int]) -> int:
+        """How long the text is: up to the first EOS after what was given, that included."""
+        return next((i + 1 for i in range(self.tail, len(ids)) if ids[i] in self.loaded.ends), len(ids))
 
 
 def copied(run: dict) -> dict:
@@ -277,14 +333,16 @@ def compare(
 
 @torch.no_grad()
 def facts(start: list[int], recorder: Recorder) -> dict:
-    """What can be said of a finished text: its cost, its energy, bits per character, entropy."""
+    """What can be said of a finished text: its cost, its length, its energy, bits per character, entropy."""
     loaded, model, device = recorder.loaded, recorder.loaded.model, recorder.loaded.model.device
-    x_1L = recorder.xt_L[None].to(device)
-    xt_1L = torch.tensor([start], device=device)
+    tokens = recorder.end(recorder.xt_L.tolist())  # the rest is padding, or was not filled
+    x_1L = recorder.xt_L[None, :tokens].to(device)
+    xt_1L = torch.tensor([start[:tokens]], device=device)
     time_of = 1.0 if model.config.energy_target == "x0" else 0.0  # of xt, or of what it became
     counts = torch.unique(x_1L, return_counts=True)[1].double() / x_1L.shape[1]
     result = {name: recorder.run[name] for name in ("num_steps", "nfe", "energy_nfe", "seconds")}
     return result | {
+        "tokens": tokens,
         "energy": float(model.energy(x_1L, xt_1L, time_of)[0]) if model.energy_type != "none" else None,
         "bits_per_character": bits_per_character(loaded, x_1L),
         "entropy": float(-(counts * counts.log2()).sum()),
@@ -293,15 +351,16 @@ def facts(start: list[int], recorder: Recorder) -> dict:
 
 @torch.no_grad()
 def bits_per_character(loaded: Loaded, x_1L: torch.Tensor) -> float | None:
-    """Of a whole text under the repo's causal model, exactly; None without one."""
-    if loaded.scorer is None:
+    """Of a whole text under the repo's causal model, exactly; None without one, or for a text of no characters."""
+    characters = len(loaded.text(x_1L[0].tolist()))
+    if loaded.scorer is None or not characters:
         return None
     bos_11 = torch.full_like(x_1L[:, :1], loaded.scorer.config.bos_token_id)
     logits_LV = loaded.scorer(torch.cat((bos_11, x_1L[:, :-1]), dim=1)).logits[0].float()
     if loaded.mask < logits_LV.shape[-1]:
         logits_LV[:, loaded.mask] = -torch.inf  # no text holds it
     nats = torch.nn.functional.cross_entropy(logits_LV, x_1L[0], reduction="sum").double()
-    return float(nats / math.log(2) / len(loaded.tokenizer.decode(x_1L[0].tolist())))
+    return float(nats / math.log(2) / characters)
 
 
 def score(loaded: Loaded, text: str, settings: Settings, seconds: float = SECONDS) -> Iterator[dict]:
@@ -312,7 +371,7 @@ def score(loaded: Loaded, text: str, settings: Settings, seconds: float = SECOND
     if loaded.mask in ids:
         raise Refused(f"text must have no gaps to be scored, got {ids.count(loaded.mask)} [MASK]")
     x_1L = torch.tensor([ids], device=loaded.model.device)
-    characters = len(loaded.tokenizer.decode(ids))
+    characters = len(loaded.text(ids))
 
     def work(watch: Watch) -> None:
         model, result = loaded.model, {"characters": characters, "tokens": len(ids), "rounds": ROUNDS, "done": 0}
@@ -321,7 +380,7 @@ def score(loaded: Loaded, text: str, settings: Settings, seconds: float = SECOND
         sampler = {
             "num_steps": settings.num_steps,
             "num_candidates": settings.num_candidates,
-            "energy_window": (1.0, settings.window_low),
+            "energy_window": settings.energy_window,
             "shared_completion": settings.shared_completion,
         }
         arguments = {"sampler": sampler | {"num_samples": SAMPLES}, "mdlm": {}, "paper": {"num_samples": SAMPLES}}

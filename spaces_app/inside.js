@@ -17,7 +17,7 @@ function paint() {
     return;
   }
   if (!choices.length) {
-    root.replaceChildren(make("p", { class: "status" }, "The energy chose at no step: take two candidates or more, or a wider window."));
+    root.replaceChildren(make("p", { class: "status" }, "The energy chose at no step. Take two proposals or more, or a wider window."));
     return;
   }
   if (at === null || at >= choices.length) {
@@ -25,7 +25,7 @@ function paint() {
   }
   const choice = choices[at];
   const best = choice.energies.map((energy, i) => i).sort((a, b) => choice.energies[a] - choice.energies[b]);
-  const now = run.step.filter((step) => step === choice.step).length;
+  const now = run.step.filter((step, i) => step === choice.step && run.tokens[i]).length; // without special tokens
   const masked = run.given.filter((given, i) => !given && (run.step[i] === null || run.step[i] >= choice.step)).length;
   const range = make("input", {
     type: "range", min: 0, max: choices.length - 1, step: 1, value: at, "aria-label": "Choice shown",
@@ -37,8 +37,8 @@ function paint() {
     plot(run, choices, choice),
     make("label", { class: "pick" }, make("span", {}, `Step ${choice.step + 1} of ${run.num_steps}, t = ${choice.t.toFixed(3)}`), range),
     make("p", { class: "status" },
-      `${plural(choice.energies.length, "proposal")} for ${masked} masked tokens; the one kept gives ` +
-      `${plural(now, "token")} (outlined), the rest of it is thrown away. Effective number of proposals: ${choice.ess.toFixed(2)}.`),
+      `${plural(choice.energies.length, "proposal")} for ${plural(masked, "masked token")}. The text gets ` +
+      `${plural(now, "token")} (outlined) of the one kept. Effective number of proposals: ${choice.ess.toFixed(2)}.`),
     make("ol", { class: "candidates" }, ...best.map((i) => candidate(run, choice, i))),
   );
 }
@@ -80,7 +80,7 @@ function plot(run, choices, chosen) {
     label(x(0), H - 10, "1", "start"), label(x(run.num_steps - 1), H - 10, `${run.num_steps}`, "end"),
     label((L + W) / 2, H - 10, "step"));
   return make("figure", {}, svg, make("figcaption", {},
-    `Effective number of proposals (ESS): ${k} if the energy finds all alike, 1 if it is sure of one.`));
+    `Effective number of proposals (ESS): ${k} if all have the same energy, 1 if one has all the weight.`));
 }
 
 watch("value", paint);

@@ -11,10 +11,12 @@ import torch
 from huggingface_hub import metadata_load
 from limits import Refused, shown
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import CONFIG_NAME, cached_file
 
-NEARBY = Path(__file__).resolve().parent.parent / "hub_cards" / "edlm-wiki27"  # in a clone
+NEARBY = Path(__file__).resolve().parent.parent / "hub_cards" / "edlm-stories"  # in a clone
 CARD = Path(__file__).resolve().parent / "README.md"
 CODE = {"trust_remote_code": True}
+SCORERS = ("judge", "ar")  # subfolders of a repo, the first one that is there
 
 
 def allowed() -> list[str]:
@@ -27,27 +29,40 @@ def allowed() -> list[str]:
 
 
 class Loaded:
-    """A model in memory with what belongs to it: tokenizer, and the causal model of its folder `ar`, if there is one.
+    """A model in memory with what belongs to it.
 
-    lock: held while it computes, so that one request runs at a time.
+    scorer: the causal model of its folder `judge`, else of `ar`; None without either. scores_itself: whether that is
+    the energy that chose the texts. lock: held while it computes, so that one request runs at a time.
     """
 
     def __init__(self, name: str):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.name, self.lock = name, threading.Lock()
-        self.model = AutoModel.from_pretrained(name, **CODE).to(device).eval()
+        where = CODE | ({"dtype": torch.float32} if device == "cpu" else {})  # most CPUs are slow in bfloat16
+        self.model = AutoModel.from_pretrained(name, **where).to(device).eval()
         self.base = self.model.name_or_path  # of an adapter: what it was trained over
         self.tokenizer = AutoTokenizer.from_pretrained(self.base, **CODE)
-        try:
-            self.scorer = AutoModelForCausalLM.from_pretrained(self.base, subfolder="ar", **CODE).to(device).eval()
-        except OSError:  # it has none
-            self.scorer = None
+        part = next((part for part in SCORERS if self.has(part)), None)
+        self.scorer = (
+            part and AutoModelForCausalLM.from_pretrained(self.base, subfolder=part, **where).to(device).eval()
+        )
+        self.scores_itself = part == "ar" and self.model.energy_type in ("ar", "coar")
         self.mask, self.longest = self.model.config.mask_token_id, self.model.config.max_position_embeddings
+        self.ends = set(self.model.generation_config.eos_token_ids)
+        # whether a token begins with the space before its word, as word pieces do
+        self.joins_spaces = len(self.ids(" a")) == len(self.ids("a"))
 
-    @property
-    def scores_itself(self) -> bool:
-        """Whether the causal model that judges the texts is also the energy that chose them."""
-        return self.model.energy_type in ("ar", "coar")
+    def has(self, part: str) -> bool:
+        """Whether the repo has a model in this subfolder."""
+        return bool(cached_file(self.base, CONFIG_NAME, subfolder=part, _raise_exceptions_for_missing_entries=False))
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text in which nothing stands for a special token."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    def text(self, ids: list[int]) -> str:
+        """What is read of these tokens: special ones are no text."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 class Models:

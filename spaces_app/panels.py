@@ -3,24 +3,24 @@
 ESTIMATORS = {
     "sampler": (
         "EDLM sampler",
-        "At most so many bits: an upper bound for the sampler that runs with these settings, steps and proposals "
-        "included. The one to compare models by.",
+        "An upper bound for the sampler with these settings, its steps and proposals included. Compare models by "
+        "this one.",
     ),
     "mdlm": (
         "MDLM, no energy",
-        "At most so many bits: the denoiser's own bound with as many steps as one likes, and no energy.",
+        "An upper bound for the denoiser alone, in the limit of many steps.",
     ),
     "paper": (
         "As published",
-        "The form that published tables report. It is not a bound: for a denoiser that fills places one by one "
-        "independently it can come out below the truth.",
+        "The value that published tables report. It is not a bound: it can be too low, because the denoiser fills "
+        "tokens independently of each other.",
     ),
     "ar": (
         "Left to right",
-        "Exact: the small causal model that comes with this one, which reads the text from left to right.",
+        "Exact, under the causal model of this repo, which reads the text from left to right.",
     ),
 }
-LIMIT = "Stopped at this Space's time limit; what is shown is what was done by then."
+LIMIT = "Stopped at the time limit of this Space; this is the result so far."
 
 
 def compare_table(facts: dict | None, scores_itself: bool) -> str:
@@ -32,9 +32,10 @@ def compare_table(facts: dict | None, scores_itself: bool) -> str:
         ("Denoiser calls", "nfe", "{:,}"),
         ("Energy calls", "energy_nfe", "{:,}"),
         ("Seconds", "seconds", "{:.2f}"),
+        ("Tokens of the text", "tokens", "{:,}"),
         ("Energy of the whole text", "energy", "{:.2f}"),
         ("Bits per character, left-to-right model", "bits_per_character", "{:.3f}"),
-        ("Entropy of its symbols, bits", "entropy", "{:.3f}"),
+        ("Entropy of its tokens, bits", "entropy", "{:.3f}"),
     ]
     body = "".join(
         f"<tr><th scope=row>{label}</th>"
@@ -45,9 +46,9 @@ def compare_table(facts: dict | None, scores_itself: bool) -> str:
     own = " Here that model is the energy itself, which flatters EDLM." if scores_itself else ""
     return (
         '<div class="edlm-table"><table><tr><td></td><th scope=col>MDLM</th><th scope=col>EDLM</th></tr>'
-        f"{body}</table><p class=note>Energy and bits: lower is better, as long as the entropy stays that of text; a "
-        f"text that repeats itself has few bits too.{own} These are two texts: averages over many are in the model's "
-        "card.</p></div>"
+        f"{body}</table><p class=note>Fewer bits per character are better, unless the text repeats itself: then the "
+        f"entropy is low too.{own} The energy is a sum over the text, so compare it for texts of the same length. "
+        "These are two texts; averages over many are in the model's card.</p></div>"
     )
 
 
@@ -64,11 +65,11 @@ def score_bars(result: dict | None) -> str:
     end = LIMIT + " " if result["state"] == "time" else ""
     missing = ""
     if result["done"] and "paper" not in result["estimates"]:
-        missing = "The published form is not defined for this model's energy. "
+        missing = "The published value is not defined for this model's energy. "
     return (
         f'<div class="edlm-bars" data-state="{result["state"]}">{rows}</div><div class="edlm-table"><p class=note>'
         f"{progress}{end}{missing}{result['characters']:,} characters as the model reads them, {result['tokens']:,} "
-        "tokens. Bits per character: 0 is certainty, lower is better. Thin bars: two standard errors each way.</p>"
+        "tokens. Bits per character: lower is better. Thin bars: two standard errors to each side.</p>"
         "</div>"
     )
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from gradio_client import Client
 from gradio_client.utils import QueueError
 
-from tests.space_server import ROOT, serve
+from tests.space_server import ROOT, STORIES, serve
 
 OUT = ROOT / "hub_cards" / "results" / "space-load-cpu.json"
 
@@ -26,7 +26,7 @@ OUT = ROOT / "hub_cards" / "results" / "space-load-cpu.json"
 def ask(client: Client, seed: int, is_watched: bool = False, **request) -> dict:
     """Seconds to the end and, of one that is watched, to the first draft with a token; or what was said instead."""
     began, first = time.monotonic(), None
-    job = client.submit("the history of the city begins in the ", seed=seed, api_name="/write", **request)
+    job = client.submit("Once upon a time, there was a little girl", seed=seed, api_name="/write", **request)
     if is_watched:  # a loop over a refused job would not end
         first = next(time.monotonic() - began for draft in job if draft["step"] > 0)
     try:
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=20, help="at once, at the settings of the page")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, serve(Path(folder)) as server:
+    with tempfile.TemporaryDirectory() as folder, serve(Path(folder), STORIES) as server:
         client = Client(server.url, verbose=False)
         small = {"num_steps": 8, "num_candidates": 2, "length": 48}
         warm = [ask(client, seed, **small) for seed in range(20)]
@@ -58,19 +58,24 @@ def main() -> None:
         with ThreadPoolExecutor(options.clients) as visitors:
             together = list(visitors.map(lambda i: ask(clients[i], i), range(options.clients)))
     done = [answer for answer in together if "refused" not in answer]
+    own = json.loads((STORIES / "generation_config.json").read_text())
+    high, low = own["energy_window"]
+    longest = json.loads((STORIES / "config.json").read_text())["max_position_embeddings"]
     result = {
         "command": "python -m tests.space_load",
+        "model": STORIES.name,
         "device": "cpu",
         "cores": len(os.sched_getaffinity(0)),
         "page": {
             "requests": len(page),
-            "settings": "64 steps, 8 proposals, window [0.8, 1], 256 tokens",
+            "settings": f"{own['num_steps']} steps, {own['num_candidates']} proposals, window [{low}, {high}], "
+            f"{longest} tokens",
             "first_token_seconds": of([answer["first"] for answer in page]),
             "seconds": of([answer["seconds"] for answer in page]),
         },
         "one_after_the_other": {
             "requests": len(alone),
-            "settings": "8 steps, 2 proposals, window [0.8, 1], 48 tokens, after 20 more",
+            "settings": f"8 steps, 2 proposals, window [{low}, {high}], 48 tokens, after 20 more",
             "seconds": of([answer["seconds"] for answer in alone]),
             "resident_mb_before": round(before, 1),
             "resident_mb_after": round(after, 1),

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SPACE, MODEL = ROOT / "spaces_app", ROOT / "hub_cards" / "edlm-wiki27"
+SPACE, MODEL, STORIES = ROOT / "spaces_app", ROOT / "hub_cards" / "edlm-wiki27", ROOT / "hub_cards" / "edlm-stories"
 
 
 class Server:
@@ -25,11 +25,11 @@ class Server:
 
 
 @contextmanager
-def serve(folder: Path, **environment: str) -> Iterator[Server]:
-    """Copy the Space and its model into a folder, start it there, and end it afterwards."""
-    space, model = folder / "space", folder / MODEL.name
+def serve(folder: Path, source: Path = MODEL, **environment: str) -> Iterator[Server]:
+    """Copy the Space and a model into a folder, start it there, and end it afterwards."""
+    space, model = folder / "space", folder / source.name
     shutil.copytree(SPACE, space, ignore=shutil.ignore_patterns("__pycache__", "screenshots"))
-    shutil.copytree(MODEL, model, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(source, model, ignore=shutil.ignore_patterns("__pycache__"))
     own = {
         "EDLM_REPO": str(model),
         "GRADIO_ANALYTICS_ENABLED": "False",

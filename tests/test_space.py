@@ -2,8 +2,11 @@
 
 import importlib
 import inspect
+import json
 import math
+import os
 import re
+import shutil
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +15,15 @@ import pytest
 import torch
 from gradio_client import Client
 from gradio_client.exceptions import AppError
-from space_server import MODEL, ROOT, SPACE, serve
+from safetensors.torch import load_file
+from space_server import MODEL, ROOT, SPACE, STORIES, serve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_edlm import EDLMModel
 from training.metrics import bits_per_character
 
 SHORT = {"num_steps": 6, "num_candidates": 4, "window_low": 0.0, "length": 24}
+PLAIN = {"window_high": 1.0, "shared_completion": False}  # of the model that most tests use, as in its own defaults
 GAPS = "the [MASK 4] of [MASK] old [MASK 3]s"
 
 
@@ -41,6 +46,11 @@ def engine(space):
 @pytest.fixture(scope="module")
 def loaded(space):
     return space["models"].Loaded(str(MODEL))
+
+
+@pytest.fixture(scope="module")
+def stories(space):
+    return space["models"].Loaded(str(STORIES))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +87,7 @@ def last(iterator):
 
 
 def settings(engine, **changes):
-    return engine.Settings(**SHORT | {"seed": 3} | changes)
+    return engine.Settings(**PLAIN | SHORT | {"seed": 3} | changes)
 
 
 # ---- what it does with a model
@@ -170,7 +180,7 @@ def test_compare_is_two_runs_of_one_seed(engine, loaded):
     mdlm, edlm = runs["facts"]["mdlm"], runs["facts"]["edlm"]
     assert mdlm["nfe"] == edlm["nfe"] and mdlm["energy_nfe"] == 0 < edlm["energy_nfe"]
     ids = loaded.tokenizer(engine.text_of(runs["edlm"]), return_tensors="pt").input_ids
-    ar = AutoModelForCausalLM.from_pretrained(MODEL, subfolder="ar", trust_remote_code=True)
+    ar = AutoModelForCausalLM.from_pretrained(MODEL, subfolder="ar", trust_remote_code=True, dtype=torch.float32)
     assert edlm["bits_per_character"] == pytest.approx(float(bits_per_character(ar, ids)[0]), rel=1e-5)
     start = ids.clone()
     start[0, 8:] = loaded.mask
@@ -199,7 +209,7 @@ def test_score_is_likelihood(engine, loaded):
     assert result["estimates"]["mdlm"]["bits"] == pytest.approx(sum(bits) / len(bits), rel=1e-4)
     assert set(result["estimates"]) == {"sampler", "mdlm", "paper"} and result["done"] == engine.ROUNDS
     assert all(estimate["stderr"] > 0 for estimate in result["estimates"].values())
-    ar = AutoModelForCausalLM.from_pretrained(MODEL, subfolder="ar", trust_remote_code=True)
+    ar = AutoModelForCausalLM.from_pretrained(MODEL, subfolder="ar", trust_remote_code=True, dtype=torch.float32)
     assert result["ar"] == pytest.approx(float(bits_per_character(ar, ids)[0]), rel=1e-5)
 
 
@@ -209,13 +219,131 @@ def test_an_adapter_brings_its_base(space, engine, monkeypatch):
     adapter = space["models"].Loaded("hub_cards/edlm-wiki27-books")
     assert adapter.scorer is not None and adapter.model.config.energy_target == "xs"
     run = last(engine.write(adapter, "the city", settings(engine)))
-    own = EDLMModel.from_pretrained(MODEL).load_energy("hub_cards/edlm-wiki27-books")
+    own = EDLMModel.from_pretrained(MODEL, dtype=torch.float32).load_energy("hub_cards/edlm-wiki27-books")
     ids = AutoTokenizer.from_pretrained(MODEL, trust_remote_code=True)("the city", return_tensors="pt").input_ids
     expected = own.generate(ids, max_length=24, num_steps=6, num_candidates=4, energy_window=(1.0, 0.0), seed=3)
     assert engine.text_of(run) == adapter.tokenizer.decode(expected[0])
     result = last(engine.score(adapter, "the city", settings(engine)))
     assert set(result["estimates"]) == {"sampler", "mdlm"}
     assert "not defined" in space["panels"].score_bars(result)
+
+
+# ---- the model of a clone: word pieces, an end of the text, a window that does not begin at 1, a judge
+
+
+def ends_at(place: int):
+    """A logits processor: an EOS at this place of a text, and no special token anywhere else."""
+
+    def process(states_ML, logits_MV, positions):
+        logits_MV[:, :3] = -math.inf
+        logits_MV[positions == place, 2] = 1e4
+        return logits_MV
+
+    return process
+
+
+@pytest.fixture
+def ends(engine, monkeypatch):
+    """Ends every text of a Recorder at its place 12."""
+    see = engine.Recorder.see
+
+    def forced(self, states_ML, logits_MV, positions):
+        return see(self, states_ML, ends_at(12)(states_ML, logits_MV, positions), positions)
+
+    monkeypatch.setattr(engine.Recorder, "see", forced)
+
+
+def test_the_default_is_the_model_of_stories(space, monkeypatch):
+    for name in ("EDLM_REPO", "EDLM_ALLOWED"):
+        monkeypatch.delenv(name, raising=False)
+    assert space["models"].allowed() == [str(STORIES)]
+
+
+def test_what_is_left_out_is_the_models_own(space, engine, stories, monkeypatch):
+    """In a program's call, on the page, and in part."""
+    config = json.loads((STORIES / "generation_config.json").read_text())
+    high, low = config["energy_window"]
+    own = (config["num_steps"], config["num_candidates"], high, low, config["shared_completion"])
+    names = ("num_steps", "num_candidates", "window_high", "window_low", "shared_completion")
+    app = space["app"]
+    for endpoint in (app.write, app.compare, app.inspect, app.score):
+        arguments = inspect.signature(endpoint).parameters
+        left_out = app.settings_of(stories, *(arguments[name].default for name in names), 1.0, 0, 0)
+        assert tuple(getattr(left_out, name) for name in names) == own
+    monkeypatch.setattr(app.MODELS, "get", lambda name: stories)
+    assert app.meet("")[1:6] == own
+    some = app.settings_of(stories, 7, 0, 0.9, -1, "no" if own[-1] else "yes", 1.0, 0, 0)
+    assert tuple(getattr(some, name) for name in names) == (7, own[1], 0.9, low, not own[-1])
+    for number, most in (("num_steps", space["limits"].MAX_STEPS), ("num_candidates", space["limits"].MAX_CANDIDATES)):
+        monkeypatch.setattr(stories.model.generation_config, number, 10 * most)
+        assert getattr(engine.Settings.of(stories), number) == most
+
+
+def test_the_energy_acts_within_the_window(engine, stories):
+    changes = {"num_steps": 8, "num_candidates": 2, "window_high": 0.625, "window_low": 0.25}
+    run = last(engine.write(stories, "Once upon a time", settings(engine, **changes)))
+    revealing = {step for step in run["step"] if step is not None}
+    assert run["acted"] == [step for step in range(3, 7) if step in revealing] != []
+    ids = torch.tensor([stories.ids("Once upon a time")])
+    common = {"num_steps": 8, "num_candidates": 2, "shared_completion": False, "seed": 3, "max_length": 24}
+    out = stories.model.generate(ids, energy_window=(0.625, 0.25), return_dict_in_generate=True, **common)
+    assert engine.text_of(run) == stories.text(out.sequences[0]) and run["energy_nfe"] == int(out.energy_nfe[0])
+    scored = last(engine.score(stories, "She sat.", settings(engine, num_steps=4, window_high=0.0)))  # at no step
+    assert scored["estimates"]["sampler"]["gain"] == 0
+
+
+def test_a_text_ends_at_its_eos(space, engine, stories, ends):
+    """What comes after it is padding, and no special token is shown; the rest is as generate() writes it."""
+    changes = {"num_steps": 8, "num_candidates": 2}
+    run = last(engine.write(stories, "Once upon a time", settings(engine, **changes)))
+    ids = torch.tensor([stories.ids("Once upon a time")])
+    common = {"num_steps": 8, "num_candidates": 2, "shared_completion": False, "energy_window": (1.0, 0.0), "seed": 3}
+    expected = stories.model.generate(ids, max_length=24, logits_processor=[ends_at(12)], **common)[0]
+    assert expected[12] == 2 and set(expected[13:].tolist()) == {0}
+    text = engine.text_of(run)
+    assert text == stories.text(expected) == "".join(run["tokens"][:12]) and "[" not in text
+    assert run["state"] == "done" and run["tokens"][12:] == [""] * 12
+    assert None not in run["step"][4:] and None not in run["p"][4:]
+    assert space["app"].summary(run)["text"] == text and space["app"].summary(run)["masked"] == 0
+    found = last(engine.inspect(stories, "", settings(engine, **changes)))
+    for choice in found["choices"]:
+        assert not any("[" in piece for pieces in choice["candidates"] for piece in pieces)
+    facts = last(engine.compare(stories, "", settings(engine, **changes)))["facts"]
+    for name in ("mdlm", "edlm"):
+        assert facts[name]["tokens"] == 13 and math.isfinite(facts[name]["energy"] + facts[name]["bits_per_character"])
+
+
+def test_pieces_keep_their_spaces_and_typed_brackets_are_text(space, engine, stories):
+    text = space["app"].TO_SCORE + " [EOS][PAD]"
+    ids = engine.tokenize(stories, text)
+    assert "".join(stories.text([i]) for i in ids) == text and not set(ids) & {0, 1, 2, stories.mask}
+    assert stories.text([0, 1, 2]) == ""
+    # a space before a gap or at the end belongs to the token that will be there
+    assert engine.tokenize(stories, "She sat [MASK 2] down. ") == engine.tokenize(stories, "She sat[MASK 2] down.")
+
+
+def test_examples_fit_the_model(space, engine, stories):
+    examples = space["app"].EXAMPLES
+    start = engine.canvas(stories, examples["Fill a gap"], 0)
+    first, last_ = start.index(stories.mask), len(start) - start[::-1].index(stories.mask)
+    assert 60 <= len(start) <= 100 and 16 <= start.count(stories.mask) == last_ - first <= 24
+    assert 20 < first and last_ < len(start) - 20
+    assert len(engine.canvas(stories, examples["Continue"], 0)) == stories.longest
+    assert set(engine.canvas(stories, examples["From nothing"], 0)) == {stories.mask}
+
+
+def test_the_judge_is_the_scorer_and_not_the_energy(space, stories, tmp_path):
+    """A causal model in `ar` beside an AR energy is that energy; a repo may have neither."""
+    judge = load_file(STORIES / "judge" / "model.safetensors")
+    weights = stories.scorer.state_dict()
+    assert all(torch.equal(weights[name], value.float()) for name, value in judge.items())
+    assert stories.model.energy_type == "ar" and not stories.scores_itself
+    folder = shutil.copytree(STORIES, tmp_path / "model", copy_function=os.symlink)
+    (folder / "judge").rename(folder / "ar")
+    assert space["models"].Loaded(str(folder)).scores_itself
+    shutil.rmtree(folder / "ar")
+    without = space["models"].Loaded(str(folder))
+    assert without.scorer is None and not without.scores_itself
 
 
 # ---- what it refuses, and how a run ends
@@ -232,6 +360,9 @@ def test_an_adapter_brings_its_base(space, engine, monkeypatch):
         ({"num_steps": True}, "got True"),
         ({"num_candidates": 17}, "num_candidates must be a whole number from 1 to 16, got 17"),
         ({"window_low": -0.1}, "window_low must be a number from 0 to 1, got -0.1"),
+        ({"window_high": 1.1}, "window_high must be a number from 0 to 1, got 1.1"),
+        ({"window_high": "all"}, "window_high must be a number from 0 to 1, got 'all'"),
+        ({"window_high": 0.2, "window_low": 0.4}, "window_high must be at least window_low, got 0.2 and 0.4"),
         ({"shared_completion": 1}, "shared_completion must be true or false, got 1"),
         ({"temperature": 0}, "temperature must be a number from 0.05 to 4, got 0"),
         ({"temperature": float("inf")}, "got inf"),
@@ -354,7 +485,7 @@ def test_messages_and_hints_are_escaped(space, loaded, monkeypatch):
     with pytest.raises(app.gr.Error, match="&lt;img"):
         list(app.write("a", model="<img src=x onerror=alert(1)>"))
     monkeypatch.setattr(app.MODELS, "ready", lambda name: loaded)
-    monkeypatch.setattr(loaded.tokenizer, "decode", lambda ids: "<script>")
+    monkeypatch.setattr(loaded.tokenizer, "decode", lambda ids, **options: "<script>")
     said = app.hint("<b>", 24, "")
     assert "&lt;script&gt;" in said and "<script>" not in said
 
@@ -371,6 +502,11 @@ def test_messages_and_hints_are_escaped(space, loaded, monkeypatch):
 def test_erase(space, loaded, monkeypatch, text, start, end, expected):
     monkeypatch.setattr(space["app"].MODELS, "ready", lambda name: loaded)
     assert space["app"].erase(text, start, end, "") == expected
+
+
+def test_erase_takes_the_space_of_a_word_piece(space, stories, monkeypatch):
+    monkeypatch.setattr(space["app"].MODELS, "ready", lambda name: stories)
+    assert space["app"].erase("She had a ball.", 5, 5, "") == "She[MASK 1] a ball."
 
 
 # ---- the API, of a process in which nothing but the Space's folder and its requirements can be imported
@@ -413,6 +549,10 @@ def test_api_does_what_the_engine_does(client, engine, loaded):
 def test_api_names_what_is_wrong(client):
     with pytest.raises(AppError, match="num_steps must be a whole number from 1 to 256, got 1000"):
         client.predict("the city", num_steps=1000, api_name="/write")
+    with pytest.raises(AppError, match="window_high must be at least window_low, got 0.5 and 0.8"):
+        client.predict("the city", window_high=0.5, api_name="/write")
+    with pytest.raises(AppError, match="shared_completion must be 'model', 'yes' or 'no', got 'maybe'"):
+        client.predict("the city", shared_completion="maybe", api_name="/write")
     with pytest.raises(AppError, match="model must be one of"):
         client.predict("the city", model="user/evil", api_name="/write")
     assert client.predict("the city", **SHORT, api_name="/write")

@@ -196,7 +196,7 @@ def test_trained_parts_make_a_repo(trained, tmp_path):
     out = tmp_path / "repo"
     compose.main(
         ["--denoiser", str(trained / "denoiser/model"), "--energy", str(trained / "energy/model"), "--out", str(out)]
-        + ["--energy_type", "nce", "--ar", str(trained / "ar/model"), "--num_steps", "7"]
+        + ["--energy_type", "nce", "--ar", str(trained / "ar/model"), "--generation", "{num_steps: 7}"]
     )
     model = EDLMModel.from_pretrained(out)
     assert model.generation_config.num_steps == 7 and model.energy_type == "nce"
@@ -209,6 +209,24 @@ def test_trained_parts_make_a_repo(trained, tmp_path):
         + ["--out", str(tmp_path / "coar")]
     )
     assert EDLMModel.from_pretrained(tmp_path / "coar").generate(seed=0, num_steps=3).shape == (1, 32)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_is_stored_and_loads_as_float32(trained, tmp_path, precision):
+    """A folder's weights are rounded; all else is what it is with float32 weights."""
+    half, parts = getattr(torch, precision), {"denoiser": "denoiser", "energy": "energy", "ar": "ar", "judge": "ar"}
+    parts = [part for k, v in parts.items() for part in (f"--{k}", str(trained / v / "model"))]
+    for dtype in ("float32", precision):
+        compose.main([*parts, "--dtype", dtype, "--out", str(tmp_path / dtype)])
+    for folder, kind in (("", EDLMModel), ("ar", EDLMForCausalLM), ("judge", EDLMForCausalLM)):
+        whole, out = tmp_path / "float32" / folder, tmp_path / precision / folder
+        rounded = {name: value.to(half) for name, value in load_file(whole / "model.safetensors").items()}
+        assert_same_bits(load_file(out / "model.safetensors"), rounded)
+        assert (out / "config.json").read_bytes() == (whole / "config.json").read_bytes()
+        model = kind.from_pretrained(out)
+        assert {value.dtype for value in model.parameters()} == {torch.float32}
+        assert_same_bits(model.state_dict(), {name: value.float() for name, value in rounded.items()})
+        assert {value.dtype for value in kind.from_pretrained(out, dtype=half).parameters()} == {half}
 
 
 def test_report_and_card(trained, tmp_path):

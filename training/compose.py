@@ -7,6 +7,7 @@ An energy that is an adapter stays one, in OUT/energy; with `--merge true` it be
 no PEFT. An AR energy needs no training, but the denoiser's token ids (and it may lack the mask's).
 """
 
+import json
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -19,6 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modeling_edlm import EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMGenerationConfig, EDLMModel
 
 from .components import check_tokenizer
+from .data import read_texts
+from .judge import WORDS
+from .metrics import word_list
 from .trainer import parse_arguments
 
 
@@ -32,10 +36,13 @@ class ComposeArguments:
     energy_only: bool = field(default=False, metadata={"help": "write the energy alone (with merge)"})
     ar: str = field(default="", metadata={"help": "folder of an autoregressive EDLM to put into OUT/ar as a scorer"})
     judge: str = field(default="", metadata={"help": "the same into OUT/judge: one that is not the energy, for demos"})
+    words: str = field(default="", metadata={"help": "text, as for training, whose words OUT/judge/words.txt lists"})
     generation: str = field(
         default="", metadata={"help": "defaults of generate(), a YAML mapping: '{num_steps: 32, num_candidates: 4}'"}
     )
-    dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16"})
+    dtype: str = field(
+        default="float32", metadata={"help": "of the weights files: float32, bfloat16, float16; all load as float32"}
+    )
     max_shard_size: str = field(default="5GB", metadata={"help": "of a weights file"})
 
     def __post_init__(self):
@@ -43,6 +50,8 @@ class ComposeArguments:
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
         if self.energy_only and not self.merge:
             raise ValueError("energy_only writes a merged adapter: add --merge true")
+        if self.words and not self.judge:
+            raise ValueError(f"words are the judge's: give judge, or leave words out, got {self.words!r}")
         if not isinstance(settings := yaml.safe_load(self.generation) or {}, dict):
             raise ValueError(f"generation must be a mapping of names to values, got {self.generation!r}")
         self.generation_config = EDLMGenerationConfig(**settings)
@@ -60,7 +69,7 @@ def with_parts(denoiser, tokenizer, arguments: ComposeArguments) -> EDLMModel | 
         model = EDLMModel.from_components(denoiser).load_energy(arguments.energy)
     else:
         check_tokenizer(tokenizer, arguments.energy)
-        energy = AutoModelForCausalLM.from_pretrained(arguments.energy)
+        energy = AutoModelForCausalLM.from_pretrained(arguments.energy, dtype=torch.float32)
         model = EDLMModel.from_components(denoiser, energy, arguments.energy_type)
     model.generation_config = arguments.generation_config
     return model
@@ -82,6 +91,12 @@ def main(argv: list[str] | None = None):
             scorer.save_pretrained(temporary / name, max_shard_size=arguments.max_shard_size)
             for copy in (temporary / name).glob("*.py"):  # a subfolder takes its code from the root
                 copy.unlink()
+    if arguments.words:
+        listed = sorted(word_list(read_texts(arguments.words)))
+        (temporary / "judge" / WORDS).write_text("\n".join(listed) + "\n", encoding="utf-8")
+    for file in temporary.rglob("config.json"):  # half precision saves space, but computing in it is slow on most CPUs
+        config = json.loads(file.read_text(encoding="utf-8")) | {"dtype": "float32"}
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for file in [file for file in temporary.rglob("*") if file.is_file()]:  # all is written: now it takes its place
         target = out / file.relative_to(temporary)
         target.parent.mkdir(parents=True, exist_ok=True)

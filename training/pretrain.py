@@ -122,8 +122,8 @@ def take_weights(model: torch.nn.Module, start: torch.nn.Module, init_from: str)
 class Blocks:
     """Training and validation blocks, and the batch of any step of this process.
 
-    `train` is a `PackedTokens`, with `align_documents` a `DocumentBlocks`, or with `streaming` a `StreamedBlocks`, which
-    has no length. `fingerprint` is a hash of the training tokens, or with `streaming` of what they are made from.
+    `train` is a `PackedTokens`, with `align_documents` a `DocumentBlocks`, or with `streaming` a `StreamedBlocks`,
+    which has no length. `fingerprint` is a hash of the training tokens, or with `streaming` of what they are made from.
     """
 
     def __init__(self, arguments: DataArguments, tokenizer: PreTrainedTokenizerFast, length: int, accelerator):

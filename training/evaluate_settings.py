@@ -1,0 +1,299 @@
+"""Which steps, candidates and window a model should have: a grid of them on the valid bound and on judged samples.
+
+    python -m training.evaluate_settings --model hub_cards/edlm-stories --judge hub_cards/edlm-stories:judge \
+        --data data/tinystories-sample --out hub_cards/results/settings-stories.json
+    python -m training.evaluate_settings --from_json hub_cards/results/settings-stories.json
+
+The bound of every k and window at one T comes from the same draws: outside its window an energy adds nothing. Samples
+of all settings have the same seeds. The setting that is chosen is the one whose samples the judge finds best, among
+those that cost about `--passes` passes. What is finished is kept in a .jsonl beside `--out`, and the same command goes
+on where it was stopped.
+
+Shapes: B texts, J draws for each, C values of k, L length.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+
+from modeling_edlm import EDLMGenerationConfig, EDLMModel
+from modeling_edlm.likelihood import likelihood_terms
+
+from .components import load_variants, pass_cost
+from .data import DocumentBlocks, PackedTokens, tokenize
+from .judge import Judge, before_end
+from .metrics import LN2, token_entropy
+from .results import CommaLists, command, machine, read_lines, read_results, write_json, write_whole
+from .trainer import fingerprint, parse_arguments
+
+NOTES = {
+    "bound": "bits per character of whole rows, an upper bound for the sampler that runs; gain: by how much the energy "
+    "lowers it on the same draws; stderr over texts",
+    "samples": "up to their EOS; judge: bits per character under a model that is not the energy; known_words: share of "
+    "the words that its training text has; entropy: of a text's own token frequencies, in nats",
+    "passes": "nfe + pass_cost * energy_nfe, each as counted by generate(); pass_cost: parameters of the energy over "
+    "those of the denoiser, embeddings left out",
+}
+
+
+@dataclass(kw_only=True)
+class SettingsArguments(CommaLists):
+    model: str = field(default="", metadata={"help": "folder or repo of the model, with its tokenizer"})
+    energies: str = field(default="", metadata={"help": "more energies, e.g. nce=hub_cards/edlm-stories-step"})
+    judge: str = field(default="", metadata={"help": "folder or repo, with :subfolder where needed; not the energy"})
+    data: str = field(default="", metadata={"help": "held-out text for the bound"})
+    split: str = "validation"
+    out: str = field(default="", metadata={"help": "results, .json; the chart has the same name, but for .png"})
+    num_steps: str = field(default="8,16,32,64", metadata={"help": "T, with commas between"})
+    num_candidates: str = field(default="2,4,8", metadata={"help": "k besides 1, which is MDLM"})
+    windows: str = field(default="1:0,0.4:0,0.25:0", metadata={"help": "hi:lo, the energy acts at t in [lo, hi]"})
+    shared_completion: bool = field(default=True, metadata={"help": "of candidates, for energies of x0"})
+    num_sequences: int = field(default=48, metadata={"help": "texts of the bound, evenly spaced"})
+    num_times: int = field(default=4, metadata={"help": "draws of the bound for each text"})
+    inner_samples: int = field(default=4, metadata={"help": "inner samples of the bound for each draw"})
+    num_samples: int = field(default=24, metadata={"help": "of each setting"})
+    passes: float = field(default=64, metadata={"help": "the setting that is chosen costs about so many"})
+    tolerance: float = field(default=0.15, metadata={"help": "what about means: up to this share more or fewer"})
+    seed: int = 0
+    num_threads: int = field(default=0, metadata={"help": "CPU threads; 0: torch's default"})
+    from_json: str = field(default="", metadata={"help": "measure nothing, print the tables of this file again"})
+
+    def __post_init__(self):
+        if self.from_json:
+            return
+        for name in ("model", "judge", "data", "out"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must be given, got {getattr(self, name)!r}")
+        if not self.out.endswith(".json"):
+            raise ValueError(f"out must end in .json, got {self.out!r}")
+        least = {"num_sequences": 2, "num_times": 1, "inner_samples": 1, "num_samples": 2, "passes": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}")
+        for name, smallest in {"num_steps": 1, "num_candidates": 2}.items():
+            if min(self.listed(name, int), default=0) < smallest:
+                raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)!r}")
+        for window in self.all_windows:
+            EDLMGenerationConfig(energy_window=window)  # checks it
+
+    @property
+    def all_windows(self) -> list[tuple[float, float]]:
+        try:
+            return [tuple(float(end) for end in window.split(":")) for window in self.listed("windows")]
+        except ValueError:
+            raise ValueError(f"windows must be hi:lo with commas between, got {self.windows!r}") from None
+
+
+@dataclass
+class Store:
+    """Rows by key, in a file that grows by a line each: what is there is not measured again."""
+
+    path: Path
+
+    def row(self, key: dict, make) -> dict:
+        for line in read_lines(self.path):
+            if line["key"] == key:
+                return line["row"]
+        row = make()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"key": key, "row": row}) + "\n")
+        return row
+
+
+def mean(values, weights=None) -> dict:
+    """Mean and standard error over texts; with weights, of a ratio of sums."""
+    values = np.asarray(values, dtype=np.float64)
+    weights = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=np.float64)
+    ratio = values.sum() / weights.sum()
+    return {
+        "mean": float(ratio),
+        "stderr": float((values - ratio * weights).std(ddof=1) / np.sqrt(len(values)) / weights.mean()),
+    }
+
+
+def bounds(model: EDLMModel, x0_BL: torch.Tensor, characters_B, num_steps: int, arguments) -> list[dict]:
+    """The bound without energy, and with it for each k and window, at one T."""
+    ks = sorted(arguments.listed("num_candidates", int))
+    parts = [
+        likelihood_terms(
+            model,
+            x0_BL[b : b + 1],
+            settings=[(k, 1.0) for k in ks],
+            num_steps=num_steps,
+            energy_window=(1.0, 0.0),
+            shared_completion=arguments.shared_completion,
+            num_samples=arguments.inner_samples,
+            num_times=arguments.num_times,
+            seed=arguments.seed,
+            first_row=b,
+        )
+        for b in tqdm(range(len(x0_BL)), desc=f"bound, T={num_steps}", leave=False)
+    ]
+    t_BJ, mdlm_BJ = (torch.cat([getattr(part, name) for part in parts]) for name in ("t_BJ", "mdlm_BJ"))
+    nll_BJC = torch.cat([part.nll_BJC for part in parts])
+    rows = [{"num_candidates": 1, "window": None} | {"bound": mean(mdlm_BJ.mean(1) / LN2, characters_B)}]
+    for window in arguments.all_windows:
+        inside_BJ = (window[1] - 1e-9 <= t_BJ) & (t_BJ <= window[0] + 1e-9)
+        for c, k in enumerate(ks):
+            nll_B = torch.where(inside_BJ, nll_BJC[..., c], mdlm_BJ).mean(1) / LN2
+            gain = mean(mdlm_BJ.mean(1) / LN2 - nll_B, characters_B)
+            rows.append({"num_candidates": k, "window": list(window), "bound": mean(nll_B, characters_B), "gain": gain})
+    return rows
+
+
+def samples(model: EDLMModel, judge: Judge, setting: dict, arguments) -> dict:
+    """What the samples of a setting cost and what the judge says of them."""
+    begun = time.perf_counter()
+    output = model.generate(
+        batch_size=arguments.num_samples,
+        num_steps=setting["num_steps"],
+        num_candidates=setting["num_candidates"],
+        energy_window=tuple(setting["window"] or (1.0, 0.0)),
+        shared_completion=arguments.shared_completion,
+        seed=arguments.seed,
+        return_dict_in_generate=True,
+    )
+    seconds = time.perf_counter() - begun
+    x_BL, eos = output.sequences, judge.tokenizer.eos_token_id
+    found = judge.read(x_BL)
+    texts = [x_L[where_L] for x_L, where_L in zip(x_BL, before_end(x_BL, eos), strict=True)]
+    return {
+        "judge": mean(found["bits_per_character"]),
+        "known_words": mean(found["known_words"]),
+        "entropy": mean([float(token_entropy(text[None])) for text in texts]),
+        "characters": mean(found["characters"]),
+        "nfe": float(output.nfe.double().mean()),
+        "energy_nfe": float(output.energy_nfe.double().mean()),
+        "passes": float((output.nfe + pass_cost(model) * output.energy_nfe).double().mean()),
+        "seconds_per_sample": seconds / arguments.num_samples,
+        "per_sample": {"judge": found["bits_per_character"].tolist(), "known_words": found["known_words"].tolist()},
+    }
+
+
+def chosen(rows: list[dict], passes: float, tolerance: float) -> dict | None:
+    """The row with an energy whose samples the judge finds best, of those that cost about so many passes."""
+    near = [row for row in rows if row["window"] and abs(row["samples"]["passes"] / passes - 1) <= tolerance]
+    return min(near, key=lambda row: row["samples"]["judge"]["mean"], default=None)
+
+
+def label(row: dict) -> str:
+    if row["window"] is None:
+        return "MDLM"
+    return f"{row['energy']}, k={row['num_candidates']}, t in [{row['window'][1]:g}, {row['window'][0]:g}]"
+
+
+def table(results: dict) -> str:
+    """Markdown: every setting, the cheap ones first."""
+
+    def cell(value: dict, digits: int = 3) -> str:
+        return f"{value['mean']:.{digits}f} +- {value['stderr']:.{digits}f}"
+
+    lines = ["| T | sampler | passes | bits per character, at most | judge's bits per character | known words |"]
+    lines.append("|---:|---|---:|---:|---:|---:|")
+    for row in sorted(results["rows"], key=lambda row: row["samples"]["passes"]):
+        read = row["samples"]
+        cells = (cell(row["bound"]), cell(read["judge"]), cell(read["known_words"]))
+        lines.append(f"| {row['num_steps']} | {label(row)} | {read['passes']:.0f} | {' | '.join(cells)} |")
+    best = results["chosen"]
+    words = f"T = {best['num_steps']}, {label(best)}" if best else "none costs about so many"
+    return "\n".join([*lines, "", f"Best under the judge at about {results['arguments']['passes']:g} passes: {words}"])
+
+
+def plot(results: dict, path: Path) -> None:
+    """Bound, judge's bits and known words against passes; a line for each energy, k and window, two standard errors."""
+    figure = Figure(figsize=(16, 4.6), layout="constrained")
+    by_label = {}
+    for row in results["rows"]:
+        by_label.setdefault(label(row), []).append(row)
+    panels = (
+        ("bits per character, at most", lambda row: row["bound"], None),
+        ("judge's bits per character", lambda row: row["samples"]["judge"], "judge"),
+        ("share of known words", lambda row: row["samples"]["known_words"], "known_words"),
+    )
+    for axes, (title, value, of_data) in zip(figure.subplots(1, 3), panels, strict=True):
+        for name, rows in by_label.items():
+            spent = [row["samples"]["passes"] for row in rows]
+            means, errors = zip(*((value(row)["mean"], 2 * value(row)["stderr"]) for row in rows), strict=True)
+            style = {"color": "black", "linewidth": 2} if name == "MDLM" else {"alpha": 0.8}
+            axes.errorbar(spent, means, errors, marker="o", markersize=4, capsize=2, label=name, **style)
+        if of_data:
+            axes.axhline(results["data"][of_data]["mean"], color="gray", linestyle="--", label="held-out stories")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set(xlabel="passes for a sample", title=title)
+    axes.legend(fontsize="x-small")
+    figure.savefig(path, dpi=110, format="png")
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(SettingsArguments, __doc__, argv)
+    if arguments.from_json:
+        print(table(read_results(arguments.from_json)))
+        return
+    if arguments.num_threads:
+        torch.set_num_threads(arguments.num_threads)
+    out, tokenizer = Path(arguments.out), AutoTokenizer.from_pretrained(arguments.model)
+    variants = load_variants(arguments.model, arguments.listed("energies"))
+    if not variants:
+        raise ValueError(f"model must have an energy, or energies be given, got {arguments.model!r}")
+    judge = Judge.load(arguments.judge, tokenizer)
+    weights = {name: fingerprint([v for _, v in sorted(m.state_dict().items())]) for name, m in variants.items()}
+    own = {fingerprint([v for _, v in sorted(m.energy_model.state_dict().items())]) for m in variants.values()}
+    if (weights_of_judge := fingerprint([v for _, v in sorted(judge.scorer.state_dict().items())])) in own:
+        raise ValueError(f"judge={arguments.judge!r} is the energy itself, which may not judge its own texts")
+
+    first = next(iter(variants.values()))
+    tokens = tokenize(arguments.data, tokenizer, out.parent / "tokens", arguments.split)
+    length, eos = first.config.max_position_embeddings, tokenizer.eos_token_id
+    # rows begin with a document where the tokenizer has an EOS, as in training
+    blocks = PackedTokens(tokens, length) if eos is None else DocumentBlocks(tokens, length, eos)
+    B = min(arguments.num_sequences, len(blocks))
+    x0_BL = blocks.blocks(torch.arange(B) * len(blocks) // B)
+    characters_B = np.array([len(judge.text(x0_L)) for x0_L in x0_BL])
+    of_data = judge.read(x0_BL)
+
+    store, rows = Store(out.with_suffix(".jsonl")), []
+    knobs = ("seed", "shared_completion", "inner_samples", "num_times", "num_sequences", "num_candidates", "windows")
+    same = {name: getattr(arguments, name) for name in knobs} | {"text": fingerprint(x0_BL)}
+    for num_steps in arguments.listed("num_steps", int):
+        for name, model in variants.items():
+            key = same | {"bound": name, "num_steps": num_steps, "weights": weights[name]}
+            make = (bounds, model, x0_BL, characters_B, num_steps, arguments)
+            for row in store.row(key, lambda make=make: make[0](*make[1:])):
+                if row["window"] is None and name != next(iter(variants)):
+                    continue  # MDLM is the same for all
+                rows.append({"energy": name if row["window"] else None, "num_steps": num_steps} | row)
+    for row in tqdm(rows, desc="samples", unit="setting"):
+        model = variants[row["energy"]] if row["energy"] else first
+        setting = {name: row[name] for name in ("num_steps", "num_candidates", "window")}
+        key = setting | {"samples": arguments.num_samples, "seed": arguments.seed, "judge": weights_of_judge}
+        key |= {"weights": weights[row["energy"] or next(iter(variants))], "shared": arguments.shared_completion}
+        row["samples"] = store.row(key, lambda model=model, setting=setting: samples(model, judge, setting, arguments))
+    recorded = {"out", "num_threads", "from_json"}
+    results = {
+        "command": command("evaluate_settings", arguments, recorded - {"out"}),
+        "arguments": {name: value for name, value in vars(arguments).items() if name not in recorded | {"data"}},
+        **machine(),
+        "notes": NOTES,
+        "pass_cost": {name: pass_cost(model) for name, model in variants.items()},
+        "data": {name: mean(of_data["bits_per_character" if name == "judge" else name])
+                 for name in ("judge", "known_words")},
+        "chosen": chosen(rows, arguments.passes, arguments.tolerance),
+        "rows": rows,
+    }  # fmt: skip
+    write_json(out, results)
+    write_whole(out.with_suffix(".png"), lambda path: plot(results, path))
+    print(table(results))
+    print(f"\nresults: {out}\nchart: {out.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()
