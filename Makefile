@@ -3,19 +3,22 @@
 # Variables for the command line:
 #   PYTHON       the interpreter .venv is made with (3.11 or newer)
 #   TORCH_INDEX  address of an extra package index for torch, e.g. that of its CPU builds (see CONTRIBUTING.md)
+#   TORCH        what `make test-newest` installs as torch, e.g. torch==2.13.0
 #   MODEL        the model folder `make demo` runs
 PYTHON ?= python3
 TORCH_INDEX ?=
-MODEL = hub_cards/edlm-wiki27
+TORCH ?= torch
+MODEL = hub_cards/edlm-stories
 
 PYTHON_VENV = .venv/bin/python
 PIP = -m pip install -q --disable-pip-version-check -c
 PIP_INSTALL = $(PYTHON_VENV) $(PIP) constraints.txt
+PIP_NEWEST = .venv-newest/bin/python -m pip install -q --disable-pip-version-check
 
 # TORCH_INDEX is the choice of a CPU build; with an NVIDIA driver the default build is the right one.
 CPU_INDEX = $(if $(TORCH_INDEX),$(if $(shell command -v nvidia-smi),,--extra-index-url $(TORCH_INDEX)))
 
-.PHONY: demo test app lint bench model clean
+.PHONY: demo test test-newest app lint bench model clean
 .DEFAULT_GOAL = test
 
 demo: .venv/.stamp-demo model
@@ -23,6 +26,15 @@ demo: .venv/.stamp-demo model
 
 test: .venv/.stamp-test .venv/.stamp-chromium .venv-oldest/.stamp model
 	$(PYTHON_VENV) -m pytest tests -n auto --maxprocesses 8 --dist worksteal
+
+# The suite with the newest versions that pip finds today, without constraints, in an environment of its own: what a user
+# gets. It is made anew each time. TORCH says which torch, where the newest is not wanted.
+test-newest: .venv/.stamp-chromium .venv-oldest/.stamp model
+	$(PYTHON) -m venv --clear .venv-newest
+	$(PIP_NEWEST) setuptools $(TORCH) $(CPU_INDEX)
+	$(PIP_NEWEST) --no-build-isolation $(TORCH) -e '.[test]'
+	.venv-newest/bin/python -m pip freeze | grep -E '^(torch|transformers|tokenizers|peft|huggingface|datasets|gradio)='
+	.venv-newest/bin/python -m pytest tests -n auto --maxprocesses 8 --dist worksteal
 
 # The Space, at the address that it prints.
 app: .venv/.stamp-space model
@@ -72,7 +84,7 @@ model: .venv/.stamp-demo
 
 # Everything make made, .venv included; never runs/.
 clean:
-	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache
 	rm -f hub_cards/*/*.py hub_cards/metrics/*/metrics.py
 	rm -rf hub_cards/*/custom_generate
 	find . -name .git -prune -o -name runs -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -183,14 +183,25 @@ def known_share(text: str, words: set[str]) -> float:
 
 def expected_passes(blanks: int, num_steps: int, num_candidates: int, window: tuple[float, float]) -> float:
     """Of both networks: a step that reveals nothing costs nothing, and candidates are scored within the window."""
-    acting = sum(window[1] - 1e-9 <= 1 - i / num_steps <= window[0] + 1e-9 for i in range(num_steps))
+    first, last = math.ceil((1 - window[0]) * num_steps - 1e-9), math.floor((1 - window[1]) * num_steps + 1e-9)
+    acting = max(0, min(last, num_steps - 1) - first + 1)  # step i has the time 1 - i / num_steps
     return (1 - (1 - 1 / num_steps) ** blanks) * (num_steps + (num_candidates * acting if num_candidates > 1 else 0))
 
 
-def steps_of_equal_cost(blanks: int, passes: float) -> int:
-    """Steps at which MDLM is expected to spend as many passes; it can use no more than about one for each blank."""
-    steps = range(1, max(2, math.ceil(4 * passes)))
-    return min(steps, key=lambda T: abs(expected_passes(blanks, T, 1, (1.0, 0.0)) - passes))
+def equal_steps(blanks: int, num_steps: int, num_candidates: int, window: tuple[float, float]) -> tuple[int, int]:
+    """Steps of EDLM, at most `num_steps`, and of MDLM, at which both are expected to spend as many passes.
+
+    MDLM has no use for more than one pass for each blank, so EDLM takes fewer steps where it would spend more.
+    """
+
+    def of_mdlm(T: int) -> float:
+        return expected_passes(blanks, T, 1, (1.0, 0.0))
+
+    most = of_mdlm(8 * blanks)
+    fitting = (T for T in range(num_steps, 1, -1) if expected_passes(blanks, T, num_candidates, window) <= most)
+    T = next(fitting, 1)
+    passes = expected_passes(blanks, T, num_candidates, window)
+    return T, min(range(1, 8 * blanks + 1), key=lambda T: abs(of_mdlm(T) - passes))
 
 
 class Task:
@@ -202,8 +213,8 @@ class Task:
         T, k = options.steps or defaults.num_steps, defaults.num_candidates
         self.settings = {"MDLM": {"num_steps": T, "num_candidates": 1}}
         if model.energy_type != "none":
-            passes = expected_passes(blanks, T, k, defaults.energy_window)
-            self.settings["MDLM"]["num_steps"] = steps_of_equal_cost(blanks, passes)
+            T, of_mdlm = equal_steps(blanks, T, k, defaults.energy_window)
+            self.settings["MDLM"]["num_steps"] = of_mdlm
             self.settings["EDLM"] = {"num_steps": T, "num_candidates": k}
 
     def generate(self, sampler: str, **options):
@@ -277,7 +288,7 @@ def report(judged: dict[str, dict]) -> str:
     return "\n".join([*rows, *(f"{task}: {verdict(found)}" for task, found in judged.items() if "EDLM" in found)])
 
 
-def blanks(text: str, tokenizer: PreTrainedTokenizerBase, mask: int, longest: int) -> list[int]:
+def with_blanks(text: str, tokenizer: PreTrainedTokenizerBase, mask: int, longest: int) -> list[int]:
     """Token ids, with the mask where the text has [MASK] or, for several, [MASK 12]."""
     ids = []
     for i, piece in enumerate(MARK.split(text)):
@@ -329,7 +340,7 @@ def run(options: argparse.Namespace) -> None:
         raise SystemExit(f"demo: --prompt must have fewer than {longest} tokens, got {len(prompt)}")
     opening = prompt + [mask] * min(NEW_TOKENS, longest - len(prompt))
     tasks = [Task("story", opening, model, options)]
-    tasks.append(Task("gap", blanks(options.gap, tokenizer, mask, longest), model, options))
+    tasks.append(Task("gap", with_blanks(options.gap, tokenizer, mask, longest), model, options))
     where = torch.cuda.get_device_name(options.device) if model.device.type == "cuda" else platform.machine()
     sizes = (
         f"{model.num_parameters():,} parameters, energy {model.energy_type}, {model.dtype} on {model.device} ({where})"

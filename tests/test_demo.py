@@ -23,8 +23,9 @@ from modeling_edlm import EDLMConfig, EDLMForCausalLM, EDLMModel
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "hub_cards" / "demo.py"
 TOKENIZER = ROOT / "hub_cards" / "edlm-wiki27"
-PROMPT = "the city of "
-LENGTH, NUM_STEPS, NUM_CANDIDATES, SEED = 90, 12, 4, 3
+PROMPT, GAP = "the city of ", "the city [MASK 9]  was [MASK] of the river"
+NUM_STEPS, SEED = 12, 3
+TASKS = ("story", "gap")
 AUTO_MAP = {
     "AutoConfig": "configuration_edlm.EDLMConfig",
     "AutoModel": "modeling_edlm.EDLMModel",
@@ -49,6 +50,8 @@ def folder(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     edlm = EDLMModel(EDLMConfig(**sizes, max_position_embeddings=128, energy_type="nce"))
     ar = EDLMForCausalLM(EDLMConfig(**sizes, max_position_embeddings=128))
+    edlm.generation_config.num_steps, edlm.generation_config.num_candidates = 64, 4
+    edlm.generation_config.energy_window = (0.6, 0.1)
     for model, where in ((edlm, folder), (ar, folder / "ar")):
         with torch.no_grad():  # as initialised, the last layers are zero and no candidate differs from another
             for parameter in model.parameters():
@@ -80,15 +83,15 @@ def environment(tmp_path_factory) -> dict[str, str]:
 
 
 def command(folder: Path, *options: str) -> list[str]:
-    fixed = ["--prompt", PROMPT, "--length", str(LENGTH), "--num_candidates", str(NUM_CANDIDATES)]
-    return [sys.executable, str(DEMO), "--model", str(folder), "--device", "cpu", "--seed", str(SEED), *fixed, *options]
+    fixed = ["--prompt", PROMPT, "--gap", GAP, "--device", "cpu", "--seed", str(SEED)]
+    return [sys.executable, str(DEMO), "--model", str(folder), *fixed, *options]
 
 
 @pytest.fixture(scope="module")
 def piped(folder, environment, tmp_path_factory) -> tuple[str, dict]:
     """Standard output and the JSON of a run that is not in a terminal."""
     target = tmp_path_factory.mktemp("json") / "demo.json"
-    arguments = command(folder, "--num_steps", str(NUM_STEPS), "--json", str(target))
+    arguments = command(folder, "--steps", str(NUM_STEPS), "--json", str(target))
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in target.parent.iterdir()] == [target.name]  # no temporary file is left
@@ -127,80 +130,113 @@ def in_terminal(arguments: list[str], environment: dict[str, str], interrupt_at:
 
 
 def test_numbers(piped, folder):
-    """Texts, energies and counts are those of generate() and energy() in this process, from the package."""
+    """Texts and counts are those of generate() in this process, from the package; both samplers may spend as much."""
     _, result = piped
     model, tokenizer = EDLMModel.from_pretrained(folder), AutoTokenizer.from_pretrained(TOKENIZER)
-    kinds = [(s["text_is"], s["sampler"]) for s in result["samples"]]
-    assert kinds == [(text, sampler) for text in ("completion", "unconditional") for sampler in ("MDLM", "EDLM")]
+    assert [(s["task"], s["sampler"]) for s in result["samples"]] == [(t, s) for t in TASKS for s in ("MDLM", "EDLM")]
     for s in result["samples"]:
-        prompt = tokenizer(PROMPT, return_tensors="pt").input_ids if s["text_is"] == "completion" else None
-        k = NUM_CANDIDATES if s["sampler"] == "EDLM" else 1
-        expected = model.generate(
-            prompt, max_length=LENGTH, num_steps=NUM_STEPS, num_candidates=k, seed=SEED, return_dict_in_generate=True
-        )
+        start = starts(tokenizer)[s["task"]]
+        assert s["num_candidates"] == (4 if s["sampler"] == "EDLM" else 1) and s["seconds"] > 0
+        settings = {name: s[name] for name in ("num_steps", "num_candidates")}
+        expected = model.generate(start, seed=SEED, return_dict_in_generate=True, **settings)
         assert s["text"] == tokenizer.decode(expected.sequences[0])
-        assert s["prompt"] == ("" if prompt is None else PROMPT)
-        assert s["text"].startswith(s["prompt"]) and len(s["text"]) == LENGTH
-        assert s["nfe"] == int(expected.nfe) and 0 < s["nfe"] <= NUM_STEPS
-        assert s["energy_nfe"] == int(expected.energy_nfe) and (s["energy_nfe"] > 0) == (k > 1)
-        assert s["seconds"] > 0
-        start = torch.full((1, LENGTH), 27)
-        start[:, : len(s["prompt"])] = expected.sequences[:, : len(s["prompt"])]
-        assert s["energy"] == pytest.approx(model.energy(expected.sequences, start).item(), rel=1e-4)
-    assert result["options"]["num_steps"] == NUM_STEPS and result["torch"] == torch.__version__
+        assert s["nfe"] == int(expected.nfe) and 0 < s["nfe"] <= s["num_steps"]
+        assert s["energy_nfe"] == int(expected.energy_nfe) and (s["energy_nfe"] > 0) == (s["sampler"] == "EDLM")
+    assert result["samples"][1]["num_steps"] == NUM_STEPS > result["samples"][3]["num_steps"]  # ten blanks: fewer steps
+    for task in TASKS:
+        passes = {name: sum(found["passes"]) / 16 for name, found in result["judged"][task].items()}
+        assert passes["MDLM"] == pytest.approx(passes["EDLM"], rel=0.15)
+    assert result["options"]["steps"] == NUM_STEPS and result["torch"] == torch.__version__
     assert result["dtype"] == "torch.float32" and result["device"].startswith("cpu")
 
 
-def test_bits_per_character(piped, folder):
-    """Character by character: one forward pass for each prefix, probabilities over the 27 characters."""
-    ar = EDLMForCausalLM.from_pretrained(folder / "ar").eval()
+def starts(tokenizer) -> dict[str, torch.Tensor]:
+    ids = tokenizer(PROMPT).input_ids
+    pieces = [tokenizer(text).input_ids for text in ("the city ", "  was ", " of the river")]
+    gap = pieces[0] + [27] * 9 + pieces[1] + [27] + pieces[2]
+    return {"story": torch.tensor([ids + [27] * 96]), "gap": torch.tensor([gap])}
+
+
+def test_the_judge_reads_from_the_first_blank_on(piped, folder):
+    """Character by character, for the first text of each kind: one forward pass for each prefix, over 27 characters."""
+    ar, tokenizer = EDLMForCausalLM.from_pretrained(folder / "ar").eval(), AutoTokenizer.from_pretrained(TOKENIZER)
     alphabet = " abcdefghijklmnopqrstuvwxyz"
     for s in piped[1]["samples"]:
-        ids = [alphabet.index(character) for character in s["text"]]
-        bits = 0.0
-        for i in range(len(s["prompt"]), len(ids)):
+        first = starts(tokenizer)[s["task"]][0].tolist().index(27)
+        ids, bits = [alphabet.index(character) for character in s["text"]], 0.0
+        for i in range(first, len(ids)):
             with torch.no_grad():
                 logits = ar(input_ids=torch.tensor([[27] + ids[:i]])).logits[0, -1, :27]
             bits -= math.log2(logits.double().softmax(-1)[ids[i]])
-        assert s["ar_bits_per_character"] == pytest.approx(bits / (len(ids) - len(s["prompt"])), rel=1e-4)
+        judged = piped[1]["judged"][s["task"]][s["sampler"]]
+        assert judged["bits_per_character"][0] == pytest.approx(bits / (len(ids) - first), rel=1e-4)
+        assert len(judged["bits_per_character"]) == 16 and "known_words" not in judged  # there is no list of words
 
 
 def test_piped_output(piped):
-    """Five snapshots of each sample, no escape codes, and the numbers of the JSON in the table."""
+    """Five snapshots of each text, no escape codes, and the numbers of the JSON in the table."""
     output, result = piped
     assert "\x1b" not in output
-    assert len(re.findall(r"^-- (MDLM|EDLM) \d+/12 ", output, re.M)) == 5 * 4
+    quarters = [len({round(s["num_steps"] * quarter / 4) for quarter in range(5)}) for s in result["samples"]]
+    assert len(re.findall(r"^-- (MDLM|EDLM) \d+/\d+ ", output, re.M)) == sum(quarters) > 16
     for s in result["samples"]:
-        assert s["text"] in output
-        row = next(line.split() for line in output.splitlines() if line.startswith(f"{s['text_is']:<15}{s['sampler']}"))
-        assert [int(row[2]), int(row[3])] == [s["nfe"], s["energy_nfe"]]
-        assert float(row[5]) == pytest.approx(s["energy"], abs=0.006)
-        assert float(row[6]) == pytest.approx(s["ar_bits_per_character"], abs=0.0006)
-    assert "README.md" in output and "anecdote" in output and "AR model only scores" in output
+        assert s["text"].split() == re.findall(rf"^-- {s['sampler']} .*? t=0.00\n(.*?)\n{s['sampler']}: ",
+                                               output, re.M | re.S)[TASKS.index(s["task"])].split()  # fmt: skip
+        assert f"{s['sampler']}: {s['nfe']} + {s['energy_nfe']} passes" in output
+    for task in TASKS:
+        for sampler, found in result["judged"][task].items():
+            row = next(line.split() for line in output.splitlines() if line.startswith(f"{task:<8}{sampler}"))
+            assert float(row[3]) == pytest.approx(sum(found["bits_per_character"]) / 16, abs=0.006)
+        assert re.search(rf"^{task}: (EDLM is|no difference)", output, re.M)
+
+
+def test_verdict_is_worded_by_the_numbers():
+    demo = load_script(DEMO)
+
+    def verdict(edlm):
+        return demo.verdict({"MDLM": {"bits_per_character": [3.0, 2.0, 4.0]}, "EDLM": {"bits_per_character": edlm}})
+
+    assert verdict([2.0, 1.1, 2.9]) == "EDLM is better by 1.00 +- 0.06 bits per character"
+    assert verdict([4.0, 2.9, 5.1]) == "EDLM is worse by 1.00 +- 0.06 bits per character"
+    assert verdict([2.0, 3.0, 4.1]).startswith("no difference seen (-0.03 +- 0.58")
+    assert demo.known_share("One day the wug didn't sit. End", {"the", "day", "sit"}) == 3 / 5
+
+
+@pytest.mark.parametrize(
+    "blanks, T, k, window", [(96, 32, 4, (0.4, 0.0)), (24, 32, 4, (0.4, 0.0)), (40, 64, 8, (1, 0))]
+)
+def test_both_samplers_are_expected_to_spend_as_much(blanks, T, k, window):
+    demo = load_script(DEMO)
+    steps, of_mdlm = demo.equal_steps(blanks, T, k, window)
+    spent = demo.expected_passes(blanks, steps, k, window)
+    assert 1 <= steps <= T and spent == pytest.approx(demo.expected_passes(blanks, of_mdlm, 1, (1, 0)), rel=0.1)
+    assert steps == T or demo.expected_passes(blanks, steps + 1, k, window) > 0.9 * blanks  # no fewer than needed
+    acting = sum(window[1] <= 1 - i / T <= window[0] for i in range(T))
+    assert demo.expected_passes(blanks, T, k, window) == (1 - (1 - 1 / T) ** blanks) * (T + k * acting)
 
 
 def test_terminal(piped, folder, environment, tmp_path):
-    """Redrawn in place, cursor back, same texts; and without ar/ there is a note in place of the column."""
+    """Redrawn in place, cursor back, same texts; and without a judge there is a note in place of the verdict."""
     without_ar = shutil.copytree(folder, tmp_path / "toy", ignore=shutil.ignore_patterns("ar"))
-    code, output = in_terminal(command(without_ar, "--num_steps", str(NUM_STEPS)), environment)
+    code, output = in_terminal(command(without_ar, "--steps", str(NUM_STEPS)), environment)
     assert code == 0, output
     assert output.count(HIDE_CURSOR) == output.count(SHOW_CURSOR) == 4
-    assert "\x1b[2m.." in output  # dim masks
+    assert "\x1b[2m . ." in output  # dim masks
     finals = [part.split(SHOW_CURSOR)[0] for part in output.split(HIDE_CURSOR)[1:]]
     for final, s in zip(finals, piped[1]["samples"], strict=True):
         *lines, bar, end = ESCAPE.sub("", re.split(r"\x1b\[\d+A", final)[-1]).replace("\r", "").split("\n")
-        assert "".join(lines) == s["text"] and f"{NUM_STEPS}/{NUM_STEPS}" in bar and end == ""
-        assert max(map(len, [*lines, bar])) < 100
-    assert "AR bits/char" not in output and "No AR bits per character" in output
+        assert " ".join(lines).split() == s["text"].split() and f"{s['num_steps']}/{s['num_steps']}" in bar
+        assert end == "" and max(map(len, [*lines, bar])) <= 100
+    assert "No verdict" in output and "better" not in output
 
 
 def test_interrupt(folder, environment):
     """Ctrl-C in the middle of sampling: code 130, the cursor is back, no traceback."""
-    arguments = command(folder, "--num_steps", "100000")
+    arguments = command(folder, "--steps", "100000")
     code, output = in_terminal(arguments, environment, interrupt_at="\x1b[1;32m")
-    assert code == 130 and "Traceback" not in output and "interrupted" in output
+    assert code == 130 and "Traceback" not in output
     assert output.rindex(SHOW_CURSOR) > output.rindex(HIDE_CURSOR)
-    assert "100000/100000" not in output
+    assert output.count(" passes, ") < 4
 
 
 @pytest.mark.parametrize("no_color", ["", "1"])
@@ -215,17 +251,16 @@ def test_frames(monkeypatch, capsys, no_color):
     canvas = load_script(DEMO).Canvas(tokenizer, 27, start, 2, "EDLM", (1.0, 0.8))
     canvas.draw(start, 0)
     canvas.last = -1e9  # long ago
-    for step, (t, text) in enumerate(((1.0, "abc"), (0.5, "abcde"))):
-        ids = tokenizer(text).input_ids
-        canvas.callback(None, step, t, {"sequences": torch.tensor([ids + [27] * (5 - len(ids))])})
+    canvas.callback(None, 0, 1.0, {"sequences": torch.tensor([tokenizer("abc").input_ids + [27] * 2])})
+    canvas.draw(tokenizer("abcde").input_ids, 2)
     canvas.close()
     frames = re.split(r"\x1b\[2A\r", capsys.readouterr().out)
-    assert [ESCAPE.sub("", frame).split("\n")[0] for frame in frames] == ["ab...", "abc..", "abcde"]
+    assert [ESCAPE.sub("", frame).split("\n")[0] for frame in frames] == ["ab . . .", "abc . .", "abcde"]
     bars = [ESCAPE.sub("", frame).split("\n")[1] for frame in frames]
     assert ["energy chooses" in bar for bar in bars] == [False, True, False]
     assert [bar.count("#") > 0 for bar in bars] == [False, True, True] and "-" not in bars[2]
     styles = [re.findall(r"\x1b\[([1-9;]+)m([^\x1b]*)", frame) for frame in frames]
-    colored = [[("1", "ab"), ("2", "...")], [("1", "ab"), ("1;32", "c"), ("2", "..")], [("1", "ab")]]
+    colored = [[("1", "ab"), ("2", " . . .")], [("1", "ab"), ("1;32", "c"), ("2", " . .")], [("1", "ab")]]
     assert styles == ([[], [], []] if no_color else colored)
     assert 0 < canvas.seconds < 1
 
@@ -239,3 +274,34 @@ def test_incomplete_folder(folder, environment, tmp_path, gone):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert str(path) in done.stderr and gone.replace("all", "config.json") in done.stderr
     assert "make model" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (["--steps", "0"], "--steps.*'0'"),
+        (["--seed", "x"], "--seed.*'x'"),
+        (["--gap", "nothing is missing"], "--gap.*nothing is missing"),
+        (["--prompt", " "], "--prompt is empty"),
+        (["--colour"], "--colour"),
+        (["--device", "nowhere"], "--device 'nowhere'"),
+        (["--gap", "[MASK 900]"], "--gap.*at most 128 tokens, got 900"),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_names_it(folder, environment, wrong, words):
+    """Besides what torchao, which only the tests install, says when it is imported."""
+    done = subprocess.run(command(folder, *wrong), env=environment, capture_output=True, text=True)
+    said = [line for line in done.stderr.splitlines() if "torchao" not in line and "register_constant" not in line]
+    assert done.returncode and len(said) == 1 and re.match(f"demo: .*{words}", said[0]), done.stderr
+
+
+def test_a_reader_who_has_seen_enough(folder, environment):
+    """As `| head -3`: the pipe is closed while the texts are being written."""
+    process = subprocess.Popen(
+        command(folder, "--steps", str(NUM_STEPS)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    for _ in range(3):
+        process.stdout.readline()
+    process.stdout.close()
+    error = process.stderr.read().decode()
+    assert process.wait() == 0 and "Traceback" not in error and "Broken" not in error
