@@ -16,7 +16,7 @@ from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
 from .card import ADAPTER, CARD, HUB_CARDS, MODEL, Card, check, lacks, parse
 from .other_cards import HERE, data_set, public, report_of, row_files, settings_files, trained
-from .shipped_cards import BASE, SHIPPED, render, results_files, shipped
+from .shipped_cards import SHIPPED, WHOLE, render, results_files, shipped
 
 
 def published(folder: Path, repo: str, base: str | None = None, benchmark: str | None = None) -> dict[str, bytes]:
@@ -34,7 +34,7 @@ def published(folder: Path, repo: str, base: str | None = None, benchmark: str |
     folder, files = folder.resolve(), {}
     name, own = folder.name, folder / CARD
     if folder.parent == HUB_CARDS and name in SHIPPED:
-        if name != BASE and base is None:
+        if name not in WHOLE and base is None:
             raise ValueError("its card names its base: give the repo of that by --base USER/NAME")
         if not own.exists() or own.read_text(encoding="utf-8") != render(name):
             raise ValueError(f"its {CARD} is not what its results say: python -m hub_cards.cards writes it")

@@ -14,9 +14,10 @@ from safetensors import safe_open
 from .card import ADAPTER, HUB_CARDS, MODEL, TAGS, Card, read_json, read_lines
 
 RESULTS = HUB_CARDS / "results"
-BASE = "edlm-wiki27"
+BASE, STORIES = WHOLE = "edlm-wiki27", "edlm-stories"  # with a denoiser of their own; the others are energies of BASE
 # The files that the numbers of a card come from; they are published with it.
 SHIPPED = {
+    "edlm-stories": ("edlm-stories.json", "settings-stories.json"),
     "edlm-wiki27": ("edlm-wiki27.json", "likelihood-wiki27.json", "denoiser-from-scratch.jsonl"),
     "edlm-wiki27-step": ("edlm-wiki27-step.jsonl", "likelihood-wiki27.json"),
     "edlm-wiki27-light": ("edlm-wiki27-light.jsonl", "likelihood-wiki27-light.json"),
@@ -84,8 +85,8 @@ class Names:
 def shipped(name: str, repo: str | None = None, base: str | None = None) -> Card:
     """The card of a folder of hub_cards/; `repo` and `base`: the Hub repos of it and of its base, once published."""
     names = Names(name, repo, base)
-    if name == BASE:
-        return model_card(names)
+    if name in WHOLE:
+        return model_card(names) if name == BASE else stories_card(names)
     return adapter_card(names) if (HUB_CARDS / name / ADAPTER).exists() else energy_card(names)
 
 
@@ -137,6 +138,64 @@ def model_card(names: Names) -> Card:
         eval_results=evaluated,
     )
     return Card("model", data, facts, "model.md")
+
+
+def stories_card(names: Names) -> Card:
+    results_file, settings_file = SHIPPED[names.name]
+    results, config = read_json(RESULTS / results_file), read_json(HUB_CARDS / names.name / MODEL)
+    sizes = ("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
+    as_they_are = ("parameters", "num_samples", "num_shown", "seed", "samplers", "lead", "defaults")
+    training, texts = {}, {}
+    for part, runs in results["training"].items():
+        training[part] = [
+            {"steps": run["steps"], "minutes": run["minutes"], "millions": run["tokens"] / 1e6}
+            | {"command": names.command(run["command"])}
+            | {"bits": run["curve"][-1].get("validation_bits_per_character")}
+            for run in runs
+        ]
+    for row in results["texts"]:
+        task = (
+            f"Free, seed {row['row']}" if row["task"] == "free" else "A gap" if "[MASK" in row["task"] else row["task"]
+        )
+        texts.setdefault(task, []).append(row)
+    settings = read_json(RESULTS / settings_file)
+    facts = names.facts() | {name: results[name] for name in as_they_are} | {
+        "config": {size: config[size] for size in sizes},
+        "command": names.command(results["command"]),
+        "training": training,
+        "hours": sum(run["minutes"] for runs in training.values() for run in runs) / 60,
+        "texts": texts,
+        "files": names.link(results_file),
+        "settings": {
+            "command": names.command(settings["command"]),
+            "passes": settings["arguments"]["passes"],
+            "best": settings["chosen"],
+            "file": names.link(settings_file),
+        },
+    }  # fmt: skip
+    measured = {"dataset": "tinystories-sample", "split": "validation", "file": results_file}
+    found = [
+        (
+            f"{part}, bits per character{' at most (MDLM in continuous time)' if part == 'denoiser' else ''}",
+            runs[-1]["bits"],
+        )
+        for part, runs in training.items()
+        if runs[-1]["bits"]
+    ]
+    for sampler, row in results["samplers"].items():
+        found.append((f"{sampler} samples: bits per character under the judge", row["judge"]["mean"]))
+        found.append((f"{sampler} samples: share of known words", row["known_words"]["mean"]))
+    data = ModelCardData(
+        language="en",
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        datasets=["roneneldan/TinyStories"],
+        tags=[*TAGS, "custom_code"],
+        model_name=names.name,
+        eval_results=[result(names, metric, value, **measured) for metric, value in found],
+    )
+    return Card("model", data, facts, "stories.md")
 
 
 def report_facts(results: dict, names: Names) -> dict:
@@ -320,7 +379,7 @@ def result(
     names: Names, metric: str, value: float, dataset: str, split: str, file: str, task: str = "text-generation"
 ) -> EvalResult:
     """An entry of the model-index. Its type is what the Hub calls an unknown metric: a name of its own."""
-    kinds = {"accuracy": "accuracy", "NCE loss": "nce_loss", "nats": "token_entropy"}
+    kinds = {"accuracy": "accuracy", "NCE loss": "nce_loss", "nats": "token_entropy", "known words": "known_words"}
     kind = next((kind for word, kind in kinds.items() if word in metric), "bits_per_character")
     source = {"source_name": f"results/{file}", "source_url": names.url(file)} if names.repo else {}
     return EvalResult(

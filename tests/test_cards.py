@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from hub_cards import cards, other_cards
 from hub_cards.card import FENCED, check, lacks, parse, split_sections
 from hub_cards.shipped_cards import BASE as SHIPPED_BASE
-from hub_cards.shipped_cards import SHIPPED, render, results_files, shipped
+from hub_cards.shipped_cards import SHIPPED, WHOLE, render, results_files, shipped
 from modeling_edlm import EDLMForCausalLM, EDLMModel
 from modeling_edlm.schedule import antithetic_times
 from training import adapt, evaluate_likelihood, evaluate_samples, generate, memory
@@ -43,7 +43,7 @@ def card_file(name: str) -> Path:
 
 
 def base_of(name: str) -> str | None:
-    return None if name == "edlm-wiki27" else BASE
+    return None if name in WHOLE else BASE
 
 
 # ---- the shipped cards
