@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     lead = np.subtract(samplers["MDLM"]["per_sample"], samplers["EDLM"]["per_sample"])
     defaults = writer.model.generation_config
     results = {
-        "command": command(".showcase", arguments, {"runs"}).replace("training..", "hub_cards."),
+        "command": command("hub_cards.showcase", arguments, {"runs"}),
         **machine(),
         "num_samples": arguments.num_samples,
         "seed": arguments.seed,
