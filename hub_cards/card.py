@@ -47,6 +47,7 @@ ALLOWED = {
     "90 million characters": "a property of the text",
     "169 classic books": "a property of the text",
     "May 2015": "a date",
+    "Eldan and Li 2023": "a date",
     "CC BY-SA 3.0": "a licence",
     "(chance 0.5)": "of telling two apart",
     "t = 1": "a definition: all is masked",

@@ -35,7 +35,7 @@ GAP = (
     "Tom had a red ball. He loved to play with it in the park. One day, the ball rolled into the pond. [MASK 24] Tom "
     'was so happy to have his ball back. He said, "Thank you!" and gave the dog a big hug.'
 )
-NEW_TOKENS = 96  # of the story's opening
+NEW_TOKENS = 56  # of the story's opening
 SAMPLES = 16  # that the verdict is about, of each sampler
 SURE = 2  # standard errors that make a difference
 MARK = re.compile(r"\[MASK(?: (\d{1,4}))?\]")  # [MASK 12] is twelve
@@ -151,7 +151,7 @@ class Judge:
         self.words = set(words.read_text(encoding="utf-8").split()) if words.is_file() else None
 
     def read(self, ids_BL: torch.Tensor, start_L: list[int], tokenizer) -> dict[str, list[float]]:
-        """Of each text: bits per character of the first blank and all that follows, and the share of known words."""
+        """Of each text: bits and characters of the first blank and all that follows, and the share of known words."""
         import torch
 
         config, first = self.model.config, start_L.index(self.model.config.mask_token_id)
@@ -169,7 +169,7 @@ class Judge:
             return tokenizer.decode(ids_BL[b, where_BL[b]], skip_special_tokens=True)
 
         rows = range(len(ids_BL))
-        found = {"bits_per_character": [bits_B[b].item() / max(1, len(text(counted_BL, b))) for b in rows]}
+        found = {"bits": bits_B.tolist(), "characters": [len(text(counted_BL, b)) for b in rows]}
         if self.words is not None:
             found["known_words"] = [known_share(text(within_BL, b), self.words) for b in rows]
         return found
@@ -267,10 +267,17 @@ def mean(values: list[float]) -> tuple[float, float]:
     return average, math.sqrt(sum((v - average) ** 2 for v in values) / (len(values) - 1) / len(values))
 
 
+def per_character(found: dict[str, list[float]]) -> tuple[float, list[float]]:
+    """Bits per character of all texts together, and what each text adds to its error."""
+    bits, characters = found["bits"], found["characters"]
+    ratio, average = sum(bits) / sum(characters), sum(characters) / len(characters)
+    return ratio, [(b - ratio * c) / average for b, c in zip(bits, characters, strict=True)]
+
+
 def verdict(found: dict[str, dict[str, list[float]]]) -> str:
     """EDLM against MDLM on the same seeds, in the words that the numbers allow."""
-    pairs = zip(found["MDLM"]["bits_per_character"], found["EDLM"]["bits_per_character"], strict=True)
-    gain, stderr = mean([mdlm - edlm for mdlm, edlm in pairs])
+    (mdlm, of_mdlm), (edlm, of_edlm) = per_character(found["MDLM"]), per_character(found["EDLM"])
+    gain, stderr = mdlm - edlm, mean([a - b for a, b in zip(of_mdlm, of_edlm, strict=True)])[1]
     if abs(gain) <= SURE * stderr:
         return f"no difference seen ({gain:+.2f} +- {stderr:.2f} bits per character)"
     return f"EDLM is {'better' if gain > 0 else 'worse'} by {abs(gain):.2f} +- {stderr:.2f} bits per character"
@@ -280,7 +287,8 @@ def report(judged: dict[str, dict]) -> str:
     rows = [f"{'':<8}{'sampler':<9}{'passes':>7}  {'bits per character':<20}{'known words':<14}".rstrip()]
     for task, found in judged.items():
         for sampler, values in found.items():
-            cells = ["{:.2f} +- {:.2f}".format(*mean(values["bits_per_character"]))]
+            ratio, errors = per_character(values)
+            cells = [f"{ratio:.2f} +- {mean(errors)[1]:.2f}"]
             if "known_words" in values:
                 cells.append("{:.3f} +- {:.3f}".format(*mean(values["known_words"])))
             passes = mean(values["passes"])[0]

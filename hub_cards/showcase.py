@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from modeling_edlm import EDLMModel
 from training.judge import Judge, before_end
-from training.metrics import summary, token_entropy
+from training.metrics import ratio, summary, token_entropy
 from training.pretrain import PretrainArguments
 from training.results import CommaLists, command, machine, read_lines, read_results, write_json, write_whole
 from training.train_energy import EnergyArguments
@@ -114,13 +114,23 @@ def measured(writer: Writer, found: dict, start: list[int]) -> dict:
     within_BL = before_end(x_BL, writer.tokenizer.eos_token_id)
     entropy = torch.cat([token_entropy(x_L[where_L][None]) for x_L, where_L in zip(x_BL, within_BL, strict=True)])
     return {
-        "judge": summary(torch.tensor(read["bits_per_character"])),
+        "judge": ratio(read["bits"], read["characters"]),
         "known_words": summary(torch.tensor(read["known_words"])),
         "token_entropy": summary(entropy),
         "passes": float(np.mean(found["passes"])),
         "seconds_per_sample": found["seconds"] / len(x_BL),
-        "per_sample": read["bits_per_character"].tolist(),
+        "per_sample": {name: read[name].tolist() for name in ("bits", "characters")},
     }
+
+
+def lead(mdlm: dict, edlm: dict) -> dict:
+    """Bits per character of MDLM minus those of EDLM on the same seeds, and its standard error (of two ratios)."""
+    parts = []
+    for row in (mdlm, edlm):
+        bits_B, characters_B = (np.array(row["per_sample"][name]) for name in ("bits", "characters"))
+        parts.append((bits_B - row["judge"]["mean"] * characters_B) / characters_B.mean())
+    spread = (parts[0] - parts[1]).std(ddof=1) / len(parts[0]) ** 0.5
+    return {"mean": mdlm["judge"]["mean"] - edlm["judge"]["mean"], "stderr": float(spread)}
 
 
 def curve(run: Path) -> list[dict]:
@@ -191,12 +201,12 @@ def main(argv: list[str] | None = None) -> None:
                 if task == "free":
                     samplers[sampler] = measured(writer, found, start)
                 bar.update()
-    lead = np.subtract(samplers["MDLM"]["per_sample"], samplers["EDLM"]["per_sample"])
     defaults = writer.model.generation_config
     results = {
         "command": command("hub_cards.showcase", arguments, {"runs"}),
         **machine(),
         "num_samples": arguments.num_samples,
+        "num_shown": arguments.num_shown,
         "seed": arguments.seed,
         "parameters": {
             "denoiser": writer.model.denoiser.num_parameters(),
@@ -205,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
         },
         "defaults": {name: getattr(defaults, name) for name in ("num_steps", "num_candidates", "energy_window")},
         "samplers": samplers,
-        "lead": {"mean": float(lead.mean()), "stderr": float(lead.std(ddof=1) / len(lead) ** 0.5)},
+        "lead": lead(samplers["MDLM"], samplers["EDLM"]),
         "texts": texts,
         "training": add_runs(earlier.get("training", {}), arguments),
     }

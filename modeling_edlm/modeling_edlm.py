@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutput
+from transformers.utils import can_return_tuple
 
 from .adapter import DESCRIPTION, energy_fields, find_adapter, load_adapter, save_adapter
 from .backbone import CACHE, Backbone, Head, initialize, log_probs, position_chunks, suppress, twin
@@ -89,8 +90,9 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMi
     def get_output_embeddings(self):
         return self.head.linear
 
+    @can_return_tuple
     def forward(
-        self, input_ids, attention_mask=None, t=None, positions=None, position_ids=None, labels=None, return_dict=None
+        self, input_ids, attention_mask=None, t=None, positions=None, position_ids=None, labels=None
     ) -> MaskedLMOutput:
         """Raw logits of the clean token at every position.
 
@@ -99,7 +101,6 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMi
             t: times in [0, 1], scalar or (N,); only read by a model with time conditioning.
             positions: (M,) flat indices into N * L: project only these.
             labels: (N, L), -100 where no loss is taken; the loss is the mean cross-entropy.
-            return_dict: the library's; False gives a tuple.
         Returns:
             `logits` (N, L, V), or (M, V) when positions are given.
         """
@@ -172,6 +173,7 @@ class EDLMForCausalLM(EDLMPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self):
         return self.head.linear
 
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
@@ -183,7 +185,6 @@ class EDLMForCausalLM(EDLMPreTrainedModel, GenerationMixin):
         labels=None,
         positions=None,
         logits_to_keep=0,
-        return_dict=None,
     ) -> CausalLMOutputWithPast:
         """Raw logits (N, L, V) of the next token; `positions` (M,), flat, or `logits_to_keep` project fewer rows.
 
@@ -299,7 +300,8 @@ class EDLMEnergyModel(EDLMPreTrainedModel):
             raise ValueError("this energy is an adapter: save the EDLMModel that has it, or merge it (from_adapter)")
         super().save_pretrained(*args, **kwargs)
 
-    def forward(self, input_ids, xt=None, t=None, attention_mask=None, return_dict=None) -> SequenceClassifierOutput:
+    @can_return_tuple
+    def forward(self, input_ids, xt=None, t=None, attention_mask=None) -> SequenceClassifierOutput:
         """Energies of candidates.
 
         Args:

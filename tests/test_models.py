@@ -211,10 +211,14 @@ def test_autoregressive_text_follows_its_models_own_law(use_cache):
 
 @pytest.mark.parametrize("cls", [EDLMForMaskedLM, EDLMForCausalLM, EDLMEnergyModel, EDLMModel])
 def test_an_argument_that_forward_does_not_know_is_an_error(cls):
-    """One that is swallowed is how transformers 5.24 lost the cache of the autoregressive model."""
+    """One that is swallowed is how transformers 5.24 lost the cache of the autoregressive model. The library's own
+    `return_dict` is known."""
     model = cls(EDLMConfig(**SMALL, energy_type="nce" if cls is EDLMEnergyModel else "none"))
+    x = torch.zeros(1, 3, dtype=torch.int64)
+    more = {"xt": x} if cls is EDLMEnergyModel else {}
     with pytest.raises(TypeError, match="the_cache"):
-        model(torch.zeros(1, 3, dtype=torch.int64), the_cache=None)
+        model(x, **more, the_cache=None)
+    assert torch.equal(model(x, **more, return_dict=False)[0], model(x, **more, return_dict=True).logits)
 
 
 def test_positions_project_the_same_rows():

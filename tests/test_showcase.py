@@ -72,9 +72,12 @@ def test_three_samplers_side_by_side(folder, tmp_path):
     blanks = int(MARK.search(GAP)[1])
     assert gap["passes"] == blanks
     for row in results["samplers"].values():
-        assert 0 <= row["known_words"]["mean"] <= 1 and len(row["per_sample"]) == 3
-    lead = [a - b for a, b in zip(*(results["samplers"][s]["per_sample"] for s in ("MDLM", "EDLM")), strict=True)]
-    assert results["lead"]["mean"] == pytest.approx(sum(lead) / 3)
+        assert 0 <= row["known_words"]["mean"] <= 1 and len(row["per_sample"]["bits"]) == 3
+        assert row["judge"]["mean"] == pytest.approx(
+            sum(row["per_sample"]["bits"]) / sum(row["per_sample"]["characters"])
+        )
+    mdlm, edlm = (results["samplers"][sampler]["judge"] for sampler in ("MDLM", "EDLM"))
+    assert results["lead"]["mean"] == pytest.approx(mdlm["mean"] - edlm["mean"])
     assert tokenizer.mask_token_id == 2047
 
 

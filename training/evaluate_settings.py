@@ -29,7 +29,7 @@ from modeling_edlm.likelihood import likelihood_terms
 from .components import load_variants, pass_cost
 from .data import DocumentBlocks, PackedTokens, tokenize
 from .judge import Judge, before_end
-from .metrics import LN2, token_entropy
+from .metrics import LN2, ratio, token_entropy
 from .results import CommaLists, command, machine, read_lines, read_results, write_json, write_whole
 from .trainer import fingerprint, parse_arguments
 
@@ -108,17 +108,6 @@ class Store:
         return row
 
 
-def mean(values, weights=None) -> dict:
-    """Mean and standard error over texts; with weights, of a ratio of sums."""
-    values = np.asarray(values, dtype=np.float64)
-    weights = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=np.float64)
-    ratio = values.sum() / weights.sum()
-    return {
-        "mean": float(ratio),
-        "stderr": float((values - ratio * weights).std(ddof=1) / np.sqrt(len(values)) / weights.mean()),
-    }
-
-
 def bounds(model: EDLMModel, x0_BL: torch.Tensor, characters_B, num_steps: int, arguments) -> list[dict]:
     """The bound without energy, and with it for each k and window, at one T."""
     ks = sorted(arguments.listed("num_candidates", int))
@@ -139,13 +128,15 @@ def bounds(model: EDLMModel, x0_BL: torch.Tensor, characters_B, num_steps: int, 
     ]
     t_BJ, mdlm_BJ = (torch.cat([getattr(part, name) for part in parts]) for name in ("t_BJ", "mdlm_BJ"))
     nll_BJC = torch.cat([part.nll_BJC for part in parts])
-    rows = [{"num_candidates": 1, "window": None} | {"bound": mean(mdlm_BJ.mean(1) / LN2, characters_B)}]
+    rows = [{"num_candidates": 1, "window": None} | {"bound": ratio(mdlm_BJ.mean(1) / LN2, characters_B)}]
     for window in arguments.all_windows:
         inside_BJ = (window[1] - 1e-9 <= t_BJ) & (t_BJ <= window[0] + 1e-9)
         for c, k in enumerate(ks):
             nll_B = torch.where(inside_BJ, nll_BJC[..., c], mdlm_BJ).mean(1) / LN2
-            gain = mean(mdlm_BJ.mean(1) / LN2 - nll_B, characters_B)
-            rows.append({"num_candidates": k, "window": list(window), "bound": mean(nll_B, characters_B), "gain": gain})
+            gain = ratio(mdlm_BJ.mean(1) / LN2 - nll_B, characters_B)
+            rows.append(
+                {"num_candidates": k, "window": list(window), "bound": ratio(nll_B, characters_B), "gain": gain}
+            )
     return rows
 
 
@@ -166,15 +157,15 @@ def samples(model: EDLMModel, judge: Judge, setting: dict, arguments) -> dict:
     found = judge.read(x_BL)
     texts = [x_L[where_L] for x_L, where_L in zip(x_BL, before_end(x_BL, eos), strict=True)]
     return {
-        "judge": mean(found["bits_per_character"]),
-        "known_words": mean(found["known_words"]),
-        "entropy": mean([float(token_entropy(text[None])) for text in texts]),
-        "characters": mean(found["characters"]),
+        "judge": ratio(found["bits"], found["characters"]),
+        "known_words": ratio(found["known_words"]),
+        "entropy": ratio([float(token_entropy(text[None])) for text in texts]),
+        "characters": ratio(found["characters"]),
         "nfe": float(output.nfe.double().mean()),
         "energy_nfe": float(output.energy_nfe.double().mean()),
         "passes": float((output.nfe + pass_cost(model) * output.energy_nfe).double().mean()),
         "seconds_per_sample": seconds / arguments.num_samples,
-        "per_sample": {"judge": found["bits_per_character"].tolist(), "known_words": found["known_words"].tolist()},
+        "per_sample": {name: found[name].tolist() for name in ("bits", "characters", "known_words")},
     }
 
 
@@ -284,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
         **machine(),
         "notes": NOTES,
         "pass_cost": {name: pass_cost(model) for name, model in variants.items()},
-        "data": {name: mean(of_data["bits_per_character" if name == "judge" else name])
+        "data": {name: ratio(of_data["bits_per_character" if name == "judge" else name])
                  for name in ("judge", "known_words")},
         "chosen": chosen(rows, arguments.passes, arguments.tolerance),
         "rows": rows,

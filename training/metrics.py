@@ -363,6 +363,16 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def ratio(values, weights=None) -> dict:
+    """Sum of values over sum of weights (None: their number) and its standard error over texts: of bits per character
+    a short text then weighs little."""
+    values = np.asarray(values, dtype=np.float64)
+    weights = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=np.float64)
+    found = values.sum() / weights.sum()
+    spread = (values - found * weights).std(ddof=1) / np.sqrt(len(values)) / weights.mean()
+    return {"mean": float(found), "stderr": float(spread)}
+
+
 def summary(values: torch.Tensor) -> dict:
     return {"mean": float(values.mean()), "stderr": float(values.std()) / math.sqrt(len(values))}
 

@@ -62,7 +62,8 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def command(script: str, arguments, leave_out: Collection[str] = ()) -> str:
-    """The command line of `training.<script>` (or of a module by its whole name) that gives these arguments (a dataclass, or its class and a dictionary).
+    """The command line of `training.<script>`, or of a module with a dot in its name, that gives these arguments (a
+    dataclass, or its class and a dictionary).
 
     Defaults and what is in `leave_out` are not in it; data are where a card says that they are.
     """
@@ -72,14 +73,8 @@ def command(script: str, arguments, leave_out: Collection[str] = ()) -> str:
     for name in {"data", "validation_data"} & changed.keys():
         if Path(changed[name]).exists():
             changed[name] = PUBLIC_DATA / Path(changed[name]).name
-    return shlex.join(
-        [
-            "python",
-            "-m",
-            script if "." in script else f"training.{script}",
-            *(str(x) for k, v in changed.items() for x in (f"--{k}", v)),
-        ]
-    )
+    module = script if "." in script else f"training.{script}"
+    return shlex.join(["python", "-m", module, *(str(x) for k, v in changed.items() for x in (f"--{k}", v))])
 
 
 def machine() -> dict:
