@@ -171,7 +171,8 @@ def test_the_shipped_families_are_well_formed(path):
         own = work.options(each) | {"output_dir": "out", "learning_rate": each.learning_rates[0]}
         argv = [str(part) for name, value in own.items() for part in (f"--{name}", value)]
         arguments = parse_arguments(family.SCRIPTS[each.script], "", argv)
-        assert arguments.mixed_precision == "bf16" and arguments.compile
+        on_gpu = path.stem != "stories"  # its minutes are those of two CPU cores
+        assert (arguments.mixed_precision, arguments.compile) == (("bf16", True) if on_gpu else ("no", False))
 
 
 def test_a_script_is_told_once_and_saves(tmp_path):
