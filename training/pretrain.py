@@ -91,8 +91,7 @@ def mdlm_training_loss(model, x0_BL, q_B: torch.Tensor, u_BL: torch.Tensor, mask
     """(B,) nats: the same bound from uniforms q, at t = q^2 and weighted by dt/dq.
 
     Rows of small t hold few masked positions, each with the large weight 1/t. Drawn more often and weighted less, they
-    leave less noise in the gradient: the variance falls by 1.4 on the stories, and by the integrals of 1/t it may by
-    1.7. The bound does not depend on the schedule (MDLM, arXiv 2406.07524, section 3.4).
+    leave less noise in the gradient. The bound does not depend on the schedule (MDLM, arXiv 2406.07524).
     """
     t_B = q_B.square().clamp(min=LEAST_TIME)
     return 2 * q_B * mdlm_loss(model, x0_BL, t_B, u_BL, mask_token_id)
