@@ -400,6 +400,16 @@ class Head(nn.Module):
         return is_plain(self.linear) and self.linear.out_features > 1024
 
 
+def prepend_bos(
+    ids_NL: torch.Tensor, bos_token_id: int, attention_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A BOS before each row, (N, L + 1), and the attention mask with it: what tells a network, whose positions are
+    relative, where a text begins. Before padding on the left too: positions are counted over tokens.
+    """
+    ids_NL = nn.functional.pad(ids_NL, (1, 0), value=bos_token_id)
+    return ids_NL, attention_mask if attention_mask is None else nn.functional.pad(attention_mask, (1, 0), value=1)
+
+
 def twin(module: nn.Module) -> nn.Module:
     """A second tree of modules over the very same parameters: what is wrapped, hooked or switched in one is not in the
     other, and no weight is there twice.

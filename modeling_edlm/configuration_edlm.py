@@ -40,6 +40,8 @@ class EDLMConfig(PreTrainedConfig):
         cond_dim: width of the conditioning vector of the adaptive layer norms; 0 leaves them out.
         max_position_embeddings: longest sequence the model was made for.
         time_conditioning: whether the network sees t. Needs `cond_dim` > 0.
+        prepend_bos: whether the denoiser and an NCE energy see the BOS before the text. Their positions are relative:
+            without it they cannot tell the beginning of a text from its middle.
         dropout: probability, in training only.
         rope_theta: base of the rotary position embedding.
         energy_type: `"none"`, `"ar"`, `"coar"` or `"nce"` (EDLM, arXiv 2410.21357).
@@ -71,6 +73,7 @@ class EDLMConfig(PreTrainedConfig):
     cond_dim: int = 128
     max_position_embeddings: int = 1024
     time_conditioning: bool = False
+    prepend_bos: bool = False
     dropout: int | float = 0.1
     rope_theta: int | float = 10000.0
     initializer_range: int | float = 0.02
@@ -116,6 +119,8 @@ class EDLMConfig(PreTrainedConfig):
             raise ValueError(f"cond_dim must not be negative, got {self.cond_dim}")
         if self.time_conditioning and self.cond_dim == 0:
             raise ValueError("time_conditioning=True needs cond_dim > 0, got cond_dim=0")
+        if self.prepend_bos and self.bos_token_id == self.mask_token_id:
+            raise ValueError(f"prepend_bos=True needs a bos_token_id other than the mask's, got {self.bos_token_id}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
         for name, allowed in (

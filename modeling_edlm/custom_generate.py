@@ -138,11 +138,11 @@ class Denoiser(nn.Module, ProposalMixin):
             order_NL = attention_mask.argsort(dim=-1, descending=True, stable=True)
             xt_NL, attention_mask = xt_NL.gather(1, order_NL), attention_mask.gather(1, order_NL)
             where_NL = where_NL.gather(1, order_NL.cpu())
-        time = {"t": t} if self.takes_time else {}
         for now_R in position_chunks(where_NL.any(-1).nonzero()[:, 0], L * self.vocab_size):
             where_P = where_NL[now_R].flatten().nonzero()[:, 0].to(device)
             now_R = now_R.to(device)
             mask_RL = None if attention_mask is None else attention_mask[now_R]
+            time = {"t": t[now_R] if isinstance(t, torch.Tensor) else t} if self.takes_time else {}
             logits_RLV = self.model(input_ids=xt_NL[now_R], attention_mask=mask_RL, **time).logits
             row_P = now_R[where_P // L]
             yield (

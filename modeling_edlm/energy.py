@@ -8,7 +8,7 @@ Shapes: N rows, L length, D hidden size, V vocabulary, M selected positions (fla
 import torch
 from torch import nn
 
-from .backbone import Backbone, Head, ZeroLinear, apply_linear, position_chunks, suppress
+from .backbone import Backbone, Head, ZeroLinear, apply_linear, position_chunks, prepend_bos, suppress
 from .vocabulary import log_prob_projected
 
 
@@ -87,6 +87,9 @@ class EnergyNetwork(nn.Module):
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Energies (N,) float32 of x_NL (x0, or xs with masks left) as a completion of xt_NL."""
+        if self.config.prepend_bos:
+            x_NL, _ = prepend_bos(x_NL, self.config.bos_token_id)
+            xt_NL, attention_mask = prepend_bos(xt_NL, self.config.bos_token_id, attention_mask)
         embed = self.backbone.embedding
         joined_NLD = apply_linear(self.projection, torch.cat((embed(xt_NL), embed(x_NL)), dim=-1))
         if self.config.energy_pooling == "mean":

@@ -26,9 +26,10 @@ from .backbone import compiled, fixed_weights, rows_at_once, suppress
 from .energy import candidate_energies
 from .proposal import own_positions
 from .sampler import choose, uniforms
-from .schedule import reveal_steps, times
+from .schedule import reveal_steps, revision_set, times
 
-REVEAL, CHOICE = -1, -2  # counters of the draws that belong to no step, and to no position
+REVEAL, CHOICE, SET = -1, -2, -3  # counters of the draws that belong to no step, no position, no candidate
+REVISE = -4  # of the seed of `revise()`: what it draws has nothing to do with how the text was made
 
 
 class EDLMGenerationConfig(GenerationConfig):
@@ -43,6 +44,14 @@ class EDLMGenerationConfig(GenerationConfig):
         shared_completion: whether the candidates of a step differ only in what the step reveals, and share one draw of
             the rest. An extension of the paper, for energies of x0: no candidate is kept for what is thrown away.
         energy_temperature: tau in the importance weights exp(-E / tau).
+        corrector_steps: rounds of revision after the last step. A round masks a random set of positions that are not
+            given, proposes for it, and chooses between the present text and the proposals by the energy. With an AR
+            energy it leaves p_AR(text | what is given) as it is, whatever the other values, so that more rounds bring
+            the text closer to it (Andrieu, Lee and Vihola 2018, iterated sampling importance resampling). Other
+            energies, or another energy_temperature than 1, have no such law: each round is then a step of its own.
+        corrector_size: positions masked in a round; all where fewer are free.
+        corrector_candidates: candidates of a round, the present text among them; with 1 nothing is revised. None is
+            num_candidates, so that num_candidates=1 is plain masked diffusion, whatever the rest.
         temperature, top_k, top_p: of the proposal's logits, in this order and after every `logits_processor`; the
             proposal so changed is the mu that the energy corrects. None (or 0 for `top_k`): all tokens.
         do_sample: False takes the most likely token at each position that is revealed, in a random order that is the
@@ -70,6 +79,9 @@ class EDLMGenerationConfig(GenerationConfig):
         self.energy_window = kwargs.pop("energy_window", (1.0, 0.8))
         self.shared_completion = kwargs.pop("shared_completion", False)
         self.energy_temperature = kwargs.pop("energy_temperature", 1.0)
+        self.corrector_steps = kwargs.pop("corrector_steps", 0)
+        self.corrector_size = kwargs.pop("corrector_size", 4)
+        self.corrector_candidates = kwargs.pop("corrector_candidates", None)
         self.temperature = kwargs.pop("temperature", 1.0)
         self.top_k = kwargs.pop("top_k", None)
         self.top_p = kwargs.pop("top_p", None)
@@ -91,9 +103,10 @@ class EDLMGenerationConfig(GenerationConfig):
         self.validate()
 
     def validate(self, **_):
-        for name in ("num_steps", "num_candidates", "num_return_sequences"):
+        for name in ("num_steps", "num_candidates", "num_return_sequences", "corrector_size"):
             _check_count(name, getattr(self, name))
-        for name in ("max_new_tokens", "max_length", "denoiser_batch_size", "energy_batch_size"):
+        _check_count("corrector_steps", self.corrector_steps, least=0)
+        for name in "max_new_tokens max_length corrector_candidates denoiser_batch_size energy_batch_size".split():
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
         if self.top_k is not None:
@@ -146,8 +159,10 @@ class EDLMGenerationOutput(ModelOutput):
     Args:
         sequences: (B, L) int64, prompts included.
         nfe, energy_nfe: (B,) int64, forward passes of the denoiser and of the energy spent on each row.
-        energies: (B, T) float32, energy of the kept candidate at each step, NaN where no energy acted.
+        energies: (B, T) float32, energy of the kept candidate at each step and corrector round (T is the number of both
+            together), NaN where no energy acted.
         ess: (B, T) float32, effective sample size of the k importance weights, NaN likewise.
+        acceptance: (B,) float32, share of its corrector rounds in which a row changed, NaN where it had none.
         history: T + 1 states (B, L), from the start to `sequences`, with `output_history=True`.
     """
 
@@ -156,6 +171,7 @@ class EDLMGenerationOutput(ModelOutput):
     energy_nfe: torch.LongTensor | None = None
     energies: torch.FloatTensor | None = None
     ess: torch.FloatTensor | None = None
+    acceptance: torch.FloatTensor | None = None
     history: tuple[torch.LongTensor, ...] | None = None
 
 
@@ -206,74 +222,165 @@ class EDLMGenerationMixin:
         """
         config = self._prepare_config(generation_config, kwargs)
         _check_count("batch_size", batch_size)
-        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
-            raise ValueError(f"seed must be an integer, got {seed!r}")
-        if seed is not None and generator is not None:
-            raise ValueError(f"give seed or generator, not both: got seed={seed} and {generator}")
-        if seed is None and not config.do_sample and generator is None:
-            seed = 0
-        if seed is None:
-            seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator and generator.device))
+        seed = 0 if seed is None and generator is None and not config.do_sample else choose_seed(seed, generator)
         xt_BL, attention_mask = self._canvas(input_ids, attention_mask, config, batch_size)
-        watch = Watch(self, xt_BL, attention_mask, config, stopping_criteria, streamer, callback_on_step_end)
+        rounds = config.corrector_steps if self._revises(config) and config.num_candidates > 1 else 0
+        run = Run(xt_BL, attention_mask, seed, first_row, config.num_steps + rounds)
+        watch = Watch(self, run, config, stopping_criteria, streamer, callback_on_step_end, not rounds)
         process = logits_process(config, logits_processor, self.config.mask_token_id)
         with in_eval_mode(self), fixed_weights(), compiled(config.compile):
-            output = self._denoise(xt_BL, attention_mask, config, seed, first_row, process, watch)
-        return output if config.return_dict_in_generate else output.sequences
+            self._denoise(run, config, process, watch)
+            self._revise(run, config, process, watch, range(config.num_steps, config.num_steps + rounds))
+        return self._output(run, config, watch)
 
     diffusion_generate = generate
 
-    def _denoise(self, xt_BL, attention_mask, config, seed, first_row, process, watch) -> EDLMGenerationOutput:
+    @torch.no_grad()
+    def revise(
+        self,
+        input_ids: torch.LongTensor,
+        mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        first_row: int = 0,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        logits_processor: list[Callable] | None = None,
+        stopping_criteria: list[Callable] | None = None,
+        streamer=None,
+        callback_on_step_end: Callable | None = None,
+        **kwargs,
+    ) -> EDLMGenerationOutput | torch.LongTensor:
+        """Revise a finished text by `corrector_steps` rounds of the corrector (see `EDLMGenerationConfig`).
+
+        Args:
+            input_ids: (B, L) texts without mask tokens. mask: (B, L) bool, what may be revised; None: everything.
+            attention_mask: (B, L), 0 for padding, that after an EOS too. The rest: as in `generate()`.
+        Returns:
+            sequences (B * num_return_sequences, L), or an `EDLMGenerationOutput`; its T is the number of rounds.
+        Raises:
+            ValueError: an argument that does not exist or does not fit, named with its value; no energy to revise by.
+            FloatingPointError: a network gave NaN.
+        """
+        config = self._prepare_config(generation_config, kwargs)
+        if self.energy_type == "none":
+            raise ValueError("revise() needs an energy, this model has energy_type='none'")
+        _check_count("corrector_steps", config.corrector_steps)
+        check_prompt(input_ids, self.config.vocab_size)
+        if (input_ids == self.config.mask_token_id).any():
+            raise ValueError("input_ids hold mask tokens: generate() fills them, revise() changes finished text")
+        mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
+        if mask.shape != input_ids.shape or mask.dtype != torch.bool:
+            raise ValueError(f"mask must be bool {tuple(input_ids.shape)}, got {mask.dtype} {tuple(mask.shape)}")
+        if attention_mask is not None:
+            mask = mask & check_attention_mask(attention_mask, input_ids).bool()
+        repeated = [
+            x if x is None else x.repeat_interleave(config.num_return_sequences, dim=0).to(self.device)
+            for x in (input_ids.long(), attention_mask, mask)
+        ]
+        seed = int(uniforms(choose_seed(seed, generator), REVISE) * 2**52)
+        run = Run(*repeated[:2], seed, first_row, config.corrector_steps)
+        watch = Watch(self, run, config, stopping_criteria, streamer, callback_on_step_end, False, repeated[2])
+        process = logits_process(config, logits_processor, self.config.mask_token_id)
+        rounds = range(config.corrector_steps if self._revises(config) else 0)
+        with in_eval_mode(self), fixed_weights(), compiled(config.compile):
+            self._revise(run, config, process, watch, rounds)
+        return self._output(run, config, watch)
+
+    def _output(self, run: "Run", config, watch) -> EDLMGenerationOutput | torch.LongTensor:
+        run.health.check()  # before the streamer hears that all is well
+        sequences_BL = watch.end()
+        if not config.return_dict_in_generate:
+            return sequences_BL
+        acceptance_B = run.changed_B / run.rounds_B  # 0 / 0 is NaN
+        counts = run.nfe_B, run.energy_nfe_B, run.energies_BT, run.ess_BT
+        return EDLMGenerationOutput(sequences_BL, *counts, acceptance_B, watch.history)
+
+    def _revises(self, config) -> bool:
+        k = config.corrector_candidates or config.num_candidates
+        return self.energy_type != "none" and config.do_sample and k > 1
+
+    def _denoise(self, run: "Run", config, process, watch) -> None:
         """The sampling loop. What is revealed when is drawn first, on the CPU: it depends on no token value."""
-        (B, L), T, device = xt_BL.shape, config.num_steps, xt_BL.device
-        place_BL = own_positions(xt_BL, attention_mask).cpu()
-        u_BL = uniforms(seed, torch.arange(first_row, first_row + B)[:, None], REVEAL, place_BL, 0)
+        xt_BL, seed, T, device = run.xt_BL, run.seed, config.num_steps, run.xt_BL.device
+        u_BL = uniforms(seed, run.row_B1, REVEAL, run.place_BL, 0)
         reveal_BL = torch.where(watch.free_BL.cpu(), reveal_steps(u_BL, T), -1)  # -1: given, never touched
-        nfe_B, energy_nfe_B = torch.zeros(2, B, dtype=torch.int64, device=device)
-        energies_BT, ess_BT = torch.full((2, B, T), float("nan"), device=device)
-        health, (hi, lo) = Health(T, device), config.energy_window
+        hi, lo = config.energy_window
         energy_acts = config.num_candidates > 1 and self.energy_type != "none" and config.do_sample
-        rows_at_a_time = config.denoiser_batch_size or rows_at_once(self.denoiser, L)
-        scored_at_a_time = energy_acts and (config.energy_batch_size or rows_at_once(self.energy_model, L))
+        rows_at_a_time = config.denoiser_batch_size or rows_at_once(self.denoiser, xt_BL.shape[1])
 
         for step, (t, s) in enumerate(pairwise(times(T).tolist())):
             rows_E = ((reveal_BL == step).any(-1) & ~watch.done_B).nonzero()[:, 0]  # others cost nothing
             for rows_N in rows_E.split(rows_at_a_time) if len(rows_E) else ():
                 now_NL, masked_NL = reveal_BL[rows_N] == step, reveal_BL[rows_N] >= step
                 on_N = rows_N.to(device, non_blocking=True)
-                mask_NL = None if attention_mask is None else attention_mask[on_N]
-                state = State(xt_BL[on_N], mask_NL, on_N + first_row, step, t, s, seed, process, health)
+                state = run.state(xt_BL[on_N], on_N, step, t, s, process)
                 if energy_acts and lo - 1e-9 <= t <= hi + 1e-9:
-                    x_NKL, energy_NK, scored_N = self._score(state, now_NL, masked_NL, config, scored_at_a_time)
-                    u_N = uniforms(seed, state.rows_N, step, CHOICE, 0)
-                    kept_N, ess_BT[on_N, step] = choose(energy_NK, config.energy_temperature, u_N)
-                    n = torch.arange(len(on_N), device=device)
-                    x_NL, energies_BT[on_N, step] = x_NKL[n, kept_N], energy_NK[n, kept_N]
-                    energy_nfe_B[on_N] += scored_N
-                    health.note("energies", energy_NK.isnan().any() | ess_BT[on_N, step].isnan().any(), step)
-                    watch.choice(on_N, x_NKL, energy_NK, kept_N)
+                    x_NKL, energy_NK, scored_N = self._score(state, now_NL, masked_NL, config)
+                    x_NL, _ = run.keep(state, x_NKL, energy_NK, scored_N, config.energy_temperature, watch)
                 else:
                     x_NL = self._propose(state, now_NL, 1, config)[0][:, 0]
                 xt_BL[on_N] = torch.where(now_NL.to(device, non_blocking=True), x_NL, state.xt_NL)
-                nfe_B[on_N] += 1
+                run.nfe_B[on_N] += 1
             if watch.step_end(step, t):
                 break
 
-        health.check()
-        return EDLMGenerationOutput(watch.end(), nfe_B, energy_nfe_B, energies_BT, ess_BT, watch.history)
+    def _revise(self, run: "Run", config, process, watch, rounds: range) -> None:
+        """Rounds of the corrector: the present tokens of a random set against draws for it, chosen between by energy.
 
-    def _score(self, state: "State", now_NL, masked_NL, config, at_a_time: int):
+        Iterated sampling importance resampling (Andrieu, Lee and Vihola 2018, arXiv 1312.5301). The set depends on no
+        token value; of an AR energy the present text's part is known from the round before.
+        """
+        xt_BL, device = run.xt_BL, run.xt_BL.device
+        free_BL, K = watch.free_BL.cpu(), config.corrector_candidates or config.num_candidates
+        is_ar, is_x0 = self.energy_type == "ar", self.config.energy_target == "x0"
+        score_B = torch.full((len(xt_BL),), float("nan"), device=device)  # -log p_AR of the present texts
+        rows_at_a_time = config.denoiser_batch_size or rows_at_once(self.denoiser, xt_BL.shape[1])
+
+        for step in rounds:
+            u_BL = uniforms(run.seed, run.row_B1, step, run.place_BL, SET)
+            set_BL = revision_set(u_BL, free_BL, config.corrector_size)
+            rows_E = (set_BL.any(-1) & ~watch.done_B).nonzero()[:, 0]
+            for rows_N in rows_E.split(rows_at_a_time) if len(rows_E) else ():
+                set_NL, on_N = set_BL[rows_N], rows_N.to(device, non_blocking=True)
+                present_NL, is_set_NL = xt_BL[on_N], set_NL.to(device, non_blocking=True)
+                t_N = is_set_NL.sum(-1) / run.length_B[on_N]
+                xt_NL = present_NL.masked_fill(is_set_NL, self.config.mask_token_id)
+                state = run.state(xt_NL, on_N, step, t_N, 0.0, process)
+                x_NKL, log_mu_NK = self._propose(state, set_NL, K, config, present_NL=present_NL)
+                if is_ar:
+                    known = 0 if step == rounds.start else 1
+                    nothing_NK = torch.zeros_like(log_mu_NK[:, known:])
+                    score_NK, scored_N = self._energies(state, x_NKL[:, known:], t_N, nothing_NK, config)
+                    score_NK = torch.cat((score_B[on_N, None][:, :known], score_NK), dim=1)
+                    energy_NK = log_mu_NK + score_NK
+                else:
+                    energy_NK, scored_N = self._energies(state, x_NKL, t_N if is_x0 else 0.0, log_mu_NK, config)
+                energy_NK = stay_if_stuck(energy_NK)
+                x_NL, kept_N = run.keep(state, x_NKL, energy_NK, scored_N, config.energy_temperature, watch)
+                if is_ar:
+                    score_B[on_N] = score_NK.gather(1, kept_N[:, None])[:, 0]
+                xt_BL[on_N] = x_NL
+                run.nfe_B[on_N] += 1
+                run.rounds_B[on_N] += 1
+                run.changed_B[on_N] += (x_NL != present_NL).any(-1)
+            if watch.step_end(step, 0.0):
+                break
+
+    def _score(self, state: "State", now_NL, masked_NL, config):
         """K candidates (N, K, L), their energies (N, K), and how many different ones there were (N,)."""
         is_x0 = self.config.energy_target == "x0"  # a step energy sees only what this step reveals
         varied_NL = now_NL if config.shared_completion else None
         where_NL = masked_NL if is_x0 else now_NL
         x_NKL, log_mu_NK = self._propose(state, where_NL, config.num_candidates, config, varied_NL)
-        time = state.t if is_x0 else state.s
-        return x_NKL, *candidate_energies(
-            self.energy, x_NKL, state.xt_NL, time, log_mu_NK, state.attention_mask, at_a_time
-        )
+        return x_NKL, *self._energies(state, x_NKL, state.t if is_x0 else state.s, log_mu_NK, config)
 
-    def _propose(self, state: "State", where_NL: torch.Tensor, K: int, config, varied_NL=None):
+    def _energies(self, state: "State", x_NKL, time, log_mu_NK, config):
+        at_a_time = config.energy_batch_size or rows_at_once(self.energy_model, x_NKL.shape[-1])
+        return candidate_energies(self.energy, x_NKL, state.xt_NL, time, log_mu_NK, state.attention_mask, at_a_time)
+
+    def _propose(self, state: "State", where_NL: torch.Tensor, K: int, config, varied_NL=None, present_NL=None):
         counters = state.seed, state.rows_N, state.step
         x_NKL, log_mu_NK = self.denoiser.propose(
             state.xt_NL,
@@ -285,6 +392,7 @@ class EDLMGenerationMixin:
             varied_NL,
             state.process and (lambda *args: state.process(state.step, *args)),
             config.do_sample,
+            present_NL,
         )
         state.health.note("logits", log_mu_NK.isnan().any(), state.step)
         return x_NKL, log_mu_NK
@@ -389,27 +497,69 @@ class State:
     attention_mask: torch.Tensor | None
     rows_N: torch.Tensor
     step: int
-    t: float
+    t: float | torch.Tensor
     s: float
     seed: int
     process: Callable | None
     health: "Health"
 
 
+class Run:
+    """The canvas of one call, the counters of its draws, and what is counted while it is filled and revised."""
+
+    def __init__(self, xt_BL, attention_mask, seed: int, first_row: int, num_steps: int):
+        (B, L), device = xt_BL.shape, xt_BL.device
+        self.xt_BL, self.attention_mask, self.seed, self.first_row = xt_BL, attention_mask, seed, first_row
+        self.row_B1 = torch.arange(first_row, first_row + B)[:, None]
+        self.place_BL = own_positions(xt_BL, attention_mask).cpu()
+        self.length_B = xt_BL.new_full((B,), L) if attention_mask is None else attention_mask.sum(-1)
+        self.nfe_B, self.energy_nfe_B, self.rounds_B, self.changed_B = xt_BL.new_zeros(4, B)
+        self.energies_BT, self.ess_BT = torch.full((2, B, num_steps), float("nan"), device=device)
+        self.health = Health(num_steps, device)
+
+    def state(self, xt_NL, on_N, step: int, t, s: float, process) -> State:
+        mask_NL = None if self.attention_mask is None else self.attention_mask[on_N]
+        return State(xt_NL, mask_NL, on_N + self.first_row, step, t, s, self.seed, process, self.health)
+
+    def keep(self, state: State, x_NKL, energy_NK, scored_N, energy_temperature: float, watch: "Watch"):
+        """One candidate (N, L) of each row by its energy, and which of the K it is (N,)."""
+        on_N, step = state.rows_N - self.first_row, state.step
+        kept_N, ess_N = choose(energy_NK, energy_temperature, uniforms(self.seed, state.rows_N, step, CHOICE, 0))
+        n = torch.arange(len(on_N), device=on_N.device)
+        self.energies_BT[on_N, step], self.ess_BT[on_N, step] = energy_NK[n, kept_N], ess_N
+        self.energy_nfe_B[on_N] += scored_N
+        self.health.note("energies", energy_NK.isnan().any() | ess_N.isnan().any(), step)
+        watch.choice(on_N, x_NKL, energy_NK, kept_N)
+        return x_NKL[n, kept_N], kept_N
+
+
+def stay_if_stuck(energy_NK: torch.Tensor) -> torch.Tensor:
+    """Energies by which a row keeps its present text, the first candidate, where there is no other choice: the proposal
+    cannot give it (top_k or top_p cut it away, its weight is infinite), or no candidate has any weight.
+    """
+    is_stuck_N1 = (energy_NK[:, :1] == -torch.inf) | (energy_NK == torch.inf).all(-1, keepdim=True)
+    stay_NK = torch.full_like(energy_NK, torch.inf)
+    stay_NK[:, 0] = 0
+    return torch.where(is_stuck_N1, stay_NK, energy_NK)
+
+
 class Watch:
     """What looks on while a canvas is filled, and says which rows are done: EOS, stopping criteria, streamer, callback.
 
-    free_BL: what is to be filled, on the device. done_B: rows that are finished or stopped, on the CPU.
+    free_BL: what is to be filled, or revised, on the device. done_B: rows that are finished or stopped, on the CPU.
+    With `may_finish` a row is finished at its EOS; a text to be revised needs all its tokens.
     """
 
-    def __init__(self, model, xt_BL, attention_mask, config, stopping_criteria, streamer, callback):
+    def __init__(self, model, run: Run, config, stopping_criteria, streamer, callback, may_finish: bool, free_BL=None):
+        xt_BL, attention_mask = run.xt_BL, run.attention_mask
         self.model, self.xt_BL, self.streamer, self.callback = model, xt_BL, streamer, callback
+        self.may_finish = may_finish
         self.mask_token_id, self.eos = model.config.mask_token_id, config.eos_token_ids
         self.pad = next((i for i in (config.pad_token_id, *self.eos) if i is not None), None)
         self.criteria = StoppingCriteriaList(stopping_criteria or ())
         self.history = (xt_BL.clone(),) if config.output_history else None
         is_text_BL = torch.ones_like(xt_BL, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        self.free_BL = (xt_BL == self.mask_token_id) & is_text_BL
+        self.free_BL = (xt_BL == self.mask_token_id) & is_text_BL if free_BL is None else free_BL
         is_given_BL = is_text_BL & ~self.free_BL
         self.tail_BL = is_text_BL & (is_given_BL.flip(-1).cumsum(-1).flip(-1) == 0)  # after the last given token
         self.done_B = torch.zeros(len(xt_BL), dtype=torch.bool)
@@ -436,7 +586,7 @@ class Watch:
             self.choices = []
         if hasattr(self.streamer, "put_draft"):
             self.streamer.put_draft(self.xt_BL[:, self.start :].to("cpu", copy=True))  # the canvas goes on changing
-        if self.eos:  # nothing that is still masked comes before the first EOS
+        if self.eos and self.may_finish:  # nothing that is still masked comes before the first EOS
             is_open_BL = (self.xt_BL == self.mask_token_id) & self.free_BL & ~self.after_eos()
             self.done_B |= ~is_open_BL.any(-1).cpu()
         if self.criteria:
@@ -507,6 +657,17 @@ def in_eval_mode(model: torch.nn.Module):
     finally:
         for module in training:
             module.training = True
+
+
+def choose_seed(seed: int | None, generator: torch.Generator | None) -> int:
+    """The seed of a call; ValueError unless it is an integer and the only source."""
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise ValueError(f"seed must be an integer, got {seed!r}")
+    if seed is not None and generator is not None:
+        raise ValueError(f"give seed or generator, not both: got seed={seed} and {generator}")
+    if seed is None:
+        return int(torch.randint(2**63 - 1, (), generator=generator, device=generator and generator.device))
+    return seed
 
 
 def _check_count(name: str, value, least: int = 1) -> None:

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 from transformers.utils import can_return_tuple
 
 from .adapter import DESCRIPTION, energy_fields, find_adapter, load_adapter, save_adapter
-from .backbone import CACHE, Backbone, Head, initialize, log_probs, position_chunks, suppress, twin
+from .backbone import CACHE, Backbone, Head, initialize, log_probs, position_chunks, prepend_bos, suppress, twin
 from .configuration_edlm import EDLMConfig
 from .energy import EnergyNetwork, causal_log_prob
 from .generation_edlm import EDLMGenerationConfig, EDLMGenerationMixin
@@ -114,7 +114,16 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMi
 
     def encode(self, xt_NL, t=None, attention_mask=None, position_ids=None, where_NL=None):
         """The last hidden states (N, L, D), where they are needed, and the conditioning: what `head` projects from."""
-        return self.backbone(xt_NL, self.noise(t, xt_NL), attention_mask, position_ids, where_NL=where_NL)
+        noise_N = self.noise(t, xt_NL)
+        if not self.config.prepend_bos:
+            return self.backbone(xt_NL, noise_N, attention_mask, position_ids, where_NL=where_NL)
+        xt_NL, attention_mask = prepend_bos(xt_NL, self.config.bos_token_id, attention_mask)
+        if position_ids is not None:
+            position_ids = nn.functional.pad(position_ids + 1, (1, 0))
+        if where_NL is not None:
+            where_NL = nn.functional.pad(where_NL, (1, 0))
+        hidden, cond = self.backbone(xt_NL, noise_N, attention_mask, position_ids, where_NL=where_NL)
+        return hidden[:, 1:], cond
 
     def logit_chunks(self, xt_NL, where_NL, t=None, attention_mask=None):
         encoded = self.encode(xt_NL, t, attention_mask, where_NL=where_NL)
@@ -122,9 +131,9 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMi
             chunk_M = chunk_M.to(xt_NL.device, non_blocking=True)
             yield chunk_M, suppress(self.head(*encoded, chunk_M), self.config.mask_token_id)
 
-    def draw_chunks(self, xt_NL, where_NL, uniforms_at, t=None, attention_mask=None, process=None):
-        if process is not None or not self.head.is_large:
-            yield from super().draw_chunks(xt_NL, where_NL, uniforms_at, t, attention_mask, process)
+    def draw_chunks(self, xt_NL, where_NL, uniforms_at, t=None, attention_mask=None, process=None, present_NL=None):
+        if process is not None or present_NL is not None or not self.head.is_large:
+            yield from super().draw_chunks(xt_NL, where_NL, uniforms_at, t, attention_mask, process, present_NL)
             return
         encoded, linear = self.encode(xt_NL, t, attention_mask, where_NL=where_NL), self.head.linear
         where_M = where_NL.flatten().nonzero()[:, 0].to(xt_NL.device, non_blocking=True)

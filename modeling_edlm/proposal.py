@@ -30,15 +30,23 @@ class ProposalMixin:
         """
         raise NotImplementedError
 
-    def draw_chunks(self, xt_NL, where_NL, uniforms_at: Callable, t=None, attention_mask=None, process=None):
+    def draw_chunks(
+        self, xt_NL, where_NL, uniforms_at: Callable, t=None, attention_mask=None, process=None, present_NL=None
+    ):
         """Yields flat positions (M,), what is drawn there (M, K), and its log mu (M, K); together all of `where_NL`.
 
-        `uniforms_at` gives the uniforms (M, K) of flat positions, and `process` changes the logits at them.
+        `uniforms_at` gives the uniforms (M, K) of flat positions, and `process` changes the logits at them. With
+        `present_NL` the first candidate is not drawn: it has these tokens.
         """
         for chunk_M, logits_MV in self.logit_chunks(xt_NL, where_NL, t, attention_mask):
             if process is not None:
                 logits_MV = process(chunk_M, logits_MV)
-            yield chunk_M, *draw(logits_MV, uniforms_at(chunk_M))
+            x_MK, log_mu_MK = draw(logits_MV, uniforms_at(chunk_M))
+            if present_NL is not None:
+                x_MK[:, 0] = present_NL.flatten()[chunk_M]
+                # not the log of a softmax, which has nothing below e-38
+                log_mu_MK[:, :1] = logits_MV.log_softmax(-1).gather(-1, x_MK[:, :1])
+            yield chunk_M, x_MK, log_mu_MK
 
     @torch.no_grad()
     def propose(
@@ -54,6 +62,7 @@ class ProposalMixin:
         varied_NL: torch.Tensor | None = None,
         process: Callable | None = None,
         do_sample: bool = True,
+        present_NL: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """K independent draws from mu(. | xt) at `where`, all from one pass; only these positions are projected.
 
@@ -63,6 +72,7 @@ class ProposalMixin:
             varied_NL: bool on the CPU, where the candidates differ; elsewhere all have the first one's draw. None: all.
             process: `(states (M, L), logits (M, V), positions (M,))` to logits whose softmax is mu; None: as they are.
             do_sample: False takes the most likely token instead of a draw.
+            present_NL: tokens (N, L) that are the first candidate, in place of a draw. None: all are drawn.
         Returns:
             x (N, K, L), xt with the drawn values in place, and log mu of what was drawn, (N, K) float32.
         """
@@ -87,7 +97,8 @@ class ProposalMixin:
         x_PK = xt_NL.flatten()[:, None].repeat(1, K)
         log_mu_PK = torch.zeros(N * L, K, device=device)
         change = processed if process is not None or not do_sample else None
-        for chunk_M, x_MK, log_mu_MK in self.draw_chunks(xt_NL, where_NL, uniforms_at, t, attention_mask, change):
+        chunks = self.draw_chunks(xt_NL, where_NL, uniforms_at, t, attention_mask, change, present_NL)
+        for chunk_M, x_MK, log_mu_MK in chunks:
             x_PK[chunk_M], log_mu_PK[chunk_M] = x_MK, log_mu_MK
         # summed row by row, not scattered with atomics: the same seed gives the same bits
         return x_PK.view(N, L, K).transpose(1, 2), log_mu_PK.view(N, L, K).sum(1)

@@ -66,3 +66,14 @@ def reveal_steps(u_BL: torch.Tensor, num_steps: int) -> torch.Tensor:
     """
     alpha_s_T = alpha(times(num_steps)[1:]).to(u_BL)
     return torch.searchsorted(alpha_s_T, u_BL, right=True).clamp_(max=num_steps - 1)
+
+
+def revision_set(u_BL: torch.Tensor, free_BL: torch.Tensor, size: int) -> torch.Tensor:
+    """(B, L) bool: `size` of the free positions of each row, all of them where there are fewer; every set of this size
+    is as likely as any other.
+
+    Args:
+        u_BL: uniforms in [0, 1). free_BL: bool, what may be revised.
+    """
+    rank_BL = u_BL.masked_fill(~free_BL, 2.0).argsort(dim=-1).argsort(dim=-1)
+    return free_BL & (rank_BL < size)

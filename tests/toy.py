@@ -195,3 +195,29 @@ def path_bounds(
 def subsets(items) -> list[tuple]:
     items = tuple(items)
     return [c for size in range(len(items) + 1) for c in itertools.combinations(items, size)]
+
+
+def revision_kernel(model, size: int, k: int, free: tuple, rows: list[tuple]) -> torch.Tensor:
+    """(C, C) probabilities of one round of the corrector between texts, by the integral of `law_p_k`.
+
+    From x the round goes to y by one of k - 1 draws, against x and k - 2 others, or keeps x against k - 1.
+    """
+    index = {x: i for i, x in enumerate(rows)}
+    kernel = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    sets = list(itertools.combinations(free, min(size, len(free))))
+    for x, now in itertools.product(rows, sets):
+        state = tuple(MASK if j in now else v for j, v in enumerate(x))
+        candidates, t = completions(state, now), len(now) / len(x)
+        mu_C = log_mu(model, state, t, now).exp()
+        energy_C = exact_energy(model, candidates, state, t, 0.0).double()
+        w_C = torch.exp(-energy_C + energy_C.min())
+        u = torch.arange(-60, 60 + float(energy_C.max() - energy_C.min()), 0.01, dtype=torch.float64)
+        a, here = u.exp(), candidates.index(x)
+        decay_AC = torch.exp(-a[:, None] * w_C)
+        phi_A = decay_AC @ mu_C
+        p_C = (k - 1) * mu_C * w_C * ((a * phi_A ** (k - 2) * decay_AC[:, here])[:, None] * decay_AC).sum(0) * 0.01
+        p_C[here] += w_C[here] * (a * phi_A ** (k - 1) * decay_AC[:, here]).sum() * 0.01
+        for y, p in zip(candidates, p_C, strict=True):
+            kernel[index[x], index[y]] += p / len(sets)
+    assert float((kernel.sum(1) - 1).abs().max()) < 1e-6
+    return kernel

@@ -64,6 +64,7 @@ class PretrainArguments(LoopArguments, DataArguments):
     num_attention_heads: int = 4
     cond_dim: int = field(default=0, metadata={"help": "adaptive layer norm of the denoiser; 0: plain layer norm"})
     time_conditioning: bool = False
+    prepend_bos: bool = field(default=False, metadata={"help": "the denoiser sees a BOS before every block"})
     dropout: float = 0.0
     init_from: str = field(
         default="", metadata={"help": "start from the weights of this model of the same sizes, mdlm or ar"}
@@ -251,6 +252,7 @@ def main(argv: list[str] | None = None):
         num_attention_heads=arguments.num_attention_heads,
         cond_dim=0 if is_ar else arguments.cond_dim,
         time_conditioning=not is_ar and arguments.time_conditioning,
+        prepend_bos=not is_ar and arguments.prepend_bos,
         dropout=arguments.dropout,
         max_position_embeddings=arguments.length,
     )
