@@ -60,6 +60,7 @@ def same_weights(a, b) -> bool:
         ({"masked_token_id": 3}, "masked_token_id.*mask_token_id"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"energy_num_layers": 0}, "energy_num_layers .*0"),
+        ({"prepend_bos": True}, "prepend_bos=True needs a bos_token_id"),  # by default that is the mask
     ],
     ids=str,
 )
@@ -256,6 +257,49 @@ def test_energy_pooling():
     denoiser = EDLMForMaskedLM(EDLMConfig(**SMALL))
     with pytest.raises(ValueError, match="'energy_num_layers': 3.*2 blocks"):
         EDLMEnergyModel.from_denoiser(denoiser, energy_num_layers=3)
+
+
+def test_a_bos_tells_where_a_text_begins():
+    """Positions are relative: without a BOS, masks alone give the same at every place. It counts for no position."""
+    texts = torch.full((2, 5), 11)
+    texts[1, 3] = 4
+    positions = torch.tensor([0, 3, 6, 8])
+    where = torch.zeros(2, 5, dtype=torch.bool).flatten().index_fill(0, positions, True).view(2, 5)
+    for prepend_bos in (False, True):
+        model = randomize(EDLMForMaskedLM(EDLMConfig(**SMALL, prepend_bos=prepend_bos, bos_token_id=1)))
+        with torch.no_grad():
+            logits = model(texts).logits
+            assert logits.shape == (2, 5, 12)
+            assert torch.allclose(logits[0, 0], logits[0, 4], atol=1e-5) != prepend_bos
+            by_hand = model.head(*model.backbone(torch.nn.functional.pad(texts, (1, 0), value=1)))[:, 1:]
+            torch.testing.assert_close(model(texts, positions=positions).logits, logits.flatten(0, 1)[positions])
+            torch.testing.assert_close(
+                model(texts, position_ids=torch.arange(5)[None]).logits, logits, atol=1e-5, rtol=1e-5
+            )
+            (_, some), *rest = model.logit_chunks(texts, where)
+            assert not rest
+            torch.testing.assert_close(some[:, :-1], logits.flatten(0, 1)[positions][:, :-1])
+            if prepend_bos:
+                torch.testing.assert_close(by_hand, logits)
+            for sides in ((3, 0), (0, 2)):
+                padded, mask = (torch.nn.functional.pad(x, sides) for x in (texts, torch.ones_like(texts)))
+                start = sides[0]
+                torch.testing.assert_close(
+                    model(padded, attention_mask=mask).logits[:, start : start + 5], logits, atol=1e-5, rtol=1e-5
+                )
+
+
+@pytest.mark.parametrize("pooling", ["sum", "mean"])
+def test_an_energy_of_a_denoiser_with_a_bos_has_it_too(pooling):
+    config = EDLMConfig(**SMALL, prepend_bos=True, bos_token_id=1)
+    energy = randomize(EDLMEnergyModel.from_denoiser(randomize(EDLMForMaskedLM(config)), energy_pooling=pooling))
+    xt, x = torch.tensor([[11, 3, 11, 11], [11, 11, 3, 11]]), torch.tensor([[5, 3, 6, 2], [5, 6, 3, 2]])
+    with torch.no_grad():
+        values = energy(x, xt=xt).logits
+        padded, mask = (torch.nn.functional.pad(v, (2, 1)) for v in (x, torch.ones_like(x)))
+        again = energy(padded, xt=torch.nn.functional.pad(xt, (2, 1)), attention_mask=mask).logits
+    assert values[0] != values[1]
+    torch.testing.assert_close(values, again, atol=1e-5, rtol=1e-5)
 
 
 def test_time_must_be_given_to_a_time_conditioned_model():
