@@ -49,6 +49,7 @@ def command(root: Path, judge: str = "judge", **changes) -> list[str]:
     options = {"model": root / "edlm", "judge": root / judge, "data": root / "data", "out": root / "out" / "all.json"}
     options |= {"num_steps": "2,4", "num_candidates": "2,3", "windows": "1:0,0.5:0,0.3:0.2", "num_sequences": 5}
     options |= {"num_times": 2, "inner_samples": 2, "num_samples": 3, "passes": 6, "tolerance": 0.5}
+    options |= {"correctors": "2:1,3:4", "temperatures": "1,0.5"}
     return [str(part) for k, v in (options | changes).items() for part in (f"--{k}", v)]
 
 
@@ -59,13 +60,16 @@ def results(root) -> dict:
 
 
 def test_the_grid_is_whole(results, root):
-    assert len(results["rows"]) == 2 * (1 + 2 * len(WINDOWS))
+    assert len(results["rows"]) == 2 * (1 + 2 * len(WINDOWS) + 2 * 2)
+    assert [row["temperature"] for row in results["temperatures"]] == [1, 1, 0.5, 0.5]
+    assert results["temperatures"][1] == results["chosen"]  # the same seeds
     assert (root / "out" / "all.png").stat().st_size > 1000
     assert results["command"].startswith("python -m training.evaluate_settings") and str(root) in results["command"]
     near = [row for row in results["rows"] if row["window"] and 3 <= row["samples"]["passes"] <= 9]
     assert results["chosen"] == min(near, key=lambda row: row["samples"]["judge"]["mean"])
     table = evaluate_settings.table(results)
-    assert len(table.splitlines()) == 2 + len(results["rows"]) + 2 and "MDLM" in table
+    assert len(table.splitlines()) == 2 + len(results["rows"]) + 3 + 2 + 4 + 1
+    assert "MDLM" in table and "k=3, 2 rounds of 1" in table
 
 
 def test_bounds_are_those_of_likelihood(results, root):
@@ -76,6 +80,9 @@ def test_bounds_are_those_of_likelihood(results, root):
     starts = torch.arange(5) * math.ceil(len(ids) / LENGTH) // 5 * LENGTH
     x0_BL = torch.stack([torch.tensor(ids[i : i + LENGTH]) for i in starts.tolist()])
     for row in results["rows"]:
+        if row["corrector"][0]:
+            assert row["bound"] is None
+            continue
         terms = likelihood_terms(
             model,
             x0_BL,
@@ -97,12 +104,15 @@ def test_bounds_are_those_of_likelihood(results, root):
 
 def test_samples_are_those_of_generate(results, root):
     model, judge = EDLMModel.from_pretrained(root / "edlm").eval(), causal(1)
-    for row in (results["rows"][0], results["rows"][-1]):
+    for row in (results["rows"][0], results["rows"][-1], *results["temperatures"]):
         output = model.generate(
             batch_size=3,
             num_steps=row["num_steps"],
             num_candidates=row["num_candidates"],
             energy_window=tuple(row["window"] or (1.0, 0.0)),
+            corrector_steps=row["corrector"][0],
+            corrector_size=row["corrector"][1],
+            temperature=row["temperature"],
             shared_completion=True,
             seed=0,
             return_dict_in_generate=True,
@@ -138,9 +148,12 @@ def test_what_is_there_is_not_measured_again(results, root, monkeypatch):
     [
         ({"judge": "energy"}, "judge=.* is the energy itself"),
         ({"judge": "edlm"}, "judge must have a list of words"),
-        ({"windows": "0.4"}, r"energy_window must be \(hi, lo\).*0.4"),
+        ({"windows": "0.4"}, "windows must be hi:lo .*0.4"),
         ({"windows": "x:0"}, "windows must be hi:lo .*'x:0'"),
         ({"num_candidates": "1,2"}, "num_candidates must be at least 2, got '1,2'"),
+        ({"correctors": "4:0"}, "corrector_size must be an integer of at least 1, got 0"),
+        ({"correctors": "4"}, "correctors must be rounds:size"),
+        ({"temperatures": "0"}, "temperature must be positive, got 0.0"),
         ({"num_samples": 1}, "num_samples must be at least 2, got 1"),
         ({"out": "x.txt"}, "out must end in .json"),
     ],

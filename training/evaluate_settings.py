@@ -1,17 +1,19 @@
-"""Which steps, candidates and window a model should have: a grid of them on the valid bound and on judged samples.
+"""Which steps, candidates, window and corrector a model should have: a grid of them on the valid bound and on samples.
 
     python -m training.evaluate_settings --model hub_cards/edlm-stories --judge hub_cards/edlm-stories:judge \
         --data data/tinystories-sample --out hub_cards/results/settings-stories.json
     python -m training.evaluate_settings --from_json hub_cards/results/settings-stories.json
 
 The bound of every k and window at one T comes from the same draws: outside its window an energy adds nothing. Samples
-of all settings have the same seeds. The setting that is chosen is the one whose samples the judge finds best, among
-those that cost about `--passes` passes. What is finished is kept in a .jsonl beside `--out`, and the same command goes
-on where it was stopped.
+of all settings have the same seeds; those of the corrector have no bound. The setting that is chosen is the one whose
+samples the judge finds best, among those that cost about `--passes` passes; it and MDLM, which may take as many steps,
+are also sampled at `--temperatures`. What is finished is kept in a .jsonl beside `--out`, and the same command goes on
+where it was stopped.
 
 Shapes: B texts, J draws for each, C values of k, L length.
 """
 
+import itertools
 import json
 import time
 from dataclasses import dataclass, field
@@ -36,6 +38,7 @@ from .trainer import fingerprint, parse_arguments
 NOTES = {
     "bound": "bits per character of whole rows, an upper bound for the sampler that runs; gain: by how much the energy "
     "lowers it on the same draws; stderr over texts",
+    "corrector": "rounds and positions masked in each, after the last step; the energy acts in no step then",
     "samples": "up to their EOS; judge: bits per character under a model that is not the energy; known_words: share of "
     "the words that its training text has; entropy: of a text's own token frequencies, in nats",
     "passes": "nfe + pass_cost * energy_nfe, each as counted by generate(); pass_cost: parameters of the energy over "
@@ -54,6 +57,8 @@ class SettingsArguments(CommaLists):
     num_steps: str = field(default="8,16,32,64", metadata={"help": "T, with commas between"})
     num_candidates: str = field(default="2,4,8", metadata={"help": "k besides 1, which is MDLM"})
     windows: str = field(default="1:0,0.4:0,0.25:0", metadata={"help": "hi:lo, the energy acts at t in [lo, hi]"})
+    correctors: str = field(default="", metadata={"help": "rounds:size, with commas between, e.g. 32:8"})
+    temperatures: str = field(default="1", metadata={"help": "of the chosen setting and of MDLM, with commas between"})
     shared_completion: bool = field(default=True, metadata={"help": "of candidates, for energies of x0"})
     num_sequences: int = field(default=48, metadata={"help": "texts of the bound, evenly spaced"})
     num_times: int = field(default=4, metadata={"help": "draws of the bound for each text"})
@@ -82,13 +87,24 @@ class SettingsArguments(CommaLists):
                 raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)!r}")
         for window in self.all_windows:
             EDLMGenerationConfig(energy_window=window)  # checks it
+        for rounds, size in self.all_correctors:
+            EDLMGenerationConfig(corrector_steps=rounds, corrector_size=size)
+        for temperature in self.listed("temperatures", float):
+            EDLMGenerationConfig(temperature=temperature)
 
     @property
     def all_windows(self) -> list[tuple[float, float]]:
+        return self.pairs("windows", float, "hi:lo")
+
+    @property
+    def all_correctors(self) -> list[tuple[int, int]]:
+        return self.pairs("correctors", int, "rounds:size")
+
+    def pairs(self, name: str, kind: type, form: str) -> list[tuple]:
         try:
-            return [tuple(float(end) for end in window.split(":")) for window in self.listed("windows")]
+            return [(kind(first), kind(second)) for first, second in (pair.split(":") for pair in self.listed(name))]
         except ValueError:
-            raise ValueError(f"windows must be hi:lo with commas between, got {self.windows!r}") from None
+            raise ValueError(f"{name} must be {form} with commas between, got {getattr(self, name)!r}") from None
 
 
 @dataclass
@@ -148,18 +164,20 @@ def samples(model: EDLMModel, judge: Judge, setting: dict, arguments) -> dict:
         num_steps=setting["num_steps"],
         num_candidates=setting["num_candidates"],
         energy_window=tuple(setting["window"] or (1.0, 0.0)),
+        corrector_steps=setting["corrector"][0],
+        corrector_size=setting["corrector"][1],
         shared_completion=arguments.shared_completion,
+        temperature=setting["temperature"],
         seed=arguments.seed,
         return_dict_in_generate=True,
     )
     seconds = time.perf_counter() - begun
     x_BL, eos = output.sequences, judge.tokenizer.eos_token_id
     found = judge.read(x_BL)
-    texts = [x_L[where_L] for x_L, where_L in zip(x_BL, before_end(x_BL, eos), strict=True)]
     return {
         "judge": ratio(found["bits"], found["characters"]),
         "known_words": ratio(found["known_words"]),
-        "entropy": ratio([float(token_entropy(text[None])) for text in texts]),
+        "entropy": ratio(entropies(x_BL, eos)),
         "characters": ratio(found["characters"]),
         "nfe": float(output.nfe.double().mean()),
         "energy_nfe": float(output.energy_nfe.double().mean()),
@@ -167,6 +185,12 @@ def samples(model: EDLMModel, judge: Judge, setting: dict, arguments) -> dict:
         "seconds_per_sample": seconds / arguments.num_samples,
         "per_sample": {name: found[name].tolist() for name in ("bits", "characters", "known_words")},
     }
+
+
+def entropies(x_BL: torch.Tensor, eos: int | None) -> list[float]:
+    """Of each text up to its end, of its own token frequencies, in nats."""
+    ends_BL = before_end(x_BL, eos)
+    return [float(token_entropy(x_L[where_L][None])) for x_L, where_L in zip(x_BL, ends_BL, strict=True)]
 
 
 def chosen(rows: list[dict], passes: float, tolerance: float) -> dict | None:
@@ -178,6 +202,8 @@ def chosen(rows: list[dict], passes: float, tolerance: float) -> dict | None:
 def label(row: dict) -> str:
     if row["window"] is None:
         return "MDLM"
+    if row["corrector"][0]:
+        return f"{row['energy']}, k={row['num_candidates']}, {row['corrector'][0]} rounds of {row['corrector'][1]}"
     return f"{row['energy']}, k={row['num_candidates']}, t in [{row['window'][1]:g}, {row['window'][0]:g}]"
 
 
@@ -191,37 +217,65 @@ def table(results: dict) -> str:
     lines.append("|---:|---|---:|---:|---:|---:|")
     for row in sorted(results["rows"], key=lambda row: row["samples"]["passes"]):
         read = row["samples"]
-        cells = (cell(row["bound"]), cell(read["judge"]), cell(read["known_words"]))
+        cells = (cell(row["bound"]) if row["bound"] else "", cell(read["judge"]), cell(read["known_words"]))
         lines.append(f"| {row['num_steps']} | {label(row)} | {read['passes']:.0f} | {' | '.join(cells)} |")
     best = results["chosen"]
     words = f"T = {best['num_steps']}, {label(best)}" if best else "none costs about so many"
-    return "\n".join([*lines, "", f"Best under the judge at about {results['arguments']['passes']:g} passes: {words}"])
+    lines += ["", f"Best under the judge at about {results['arguments']['passes']:g} passes: {words}", ""]
+    lines.append("| temperature | sampler | judge's bits per character | known words | token entropy |")
+    lines.append("|---:|---|---:|---:|---:|")
+    for row in results["temperatures"]:
+        read = row["samples"]
+        cells = [cell(read[name]) for name in ("judge", "known_words", "entropy")]
+        lines.append(f"| {row['temperature']:g} | {label(row)} | {' | '.join(cells)} |")
+    data = " | ".join(cell(results["data"][name]) for name in ("judge", "known_words", "entropy"))
+    return "\n".join([*lines, f"| | held-out text | {data} |"])
 
 
 def plot(results: dict, path: Path) -> None:
-    """Bound, judge's bits and known words against passes; a line for each energy, k and window, two standard errors."""
+    """The gain in the bound against T, a line for each k and window; judge's bits and known words against passes, a
+    point for each setting. Two standard errors.
+    """
     figure = Figure(figsize=(16, 4.6), layout="constrained")
+    of_bound, *of_samples = figure.subplots(1, 3)
+    rows = results["rows"]
     by_label = {}
-    for row in results["rows"]:
-        by_label.setdefault(label(row), []).append(row)
-    panels = (
-        ("bits per character, at most", lambda row: row["bound"], None),
-        ("judge's bits per character", lambda row: row["samples"]["judge"], "judge"),
-        ("share of known words", lambda row: row["samples"]["known_words"], "known_words"),
-    )
-    for axes, (title, value, of_data) in zip(figure.subplots(1, 3), panels, strict=True):
-        for name, rows in by_label.items():
-            spent = [row["samples"]["passes"] for row in rows]
-            means, errors = zip(*((value(row)["mean"], 2 * value(row)["stderr"]) for row in rows), strict=True)
-            style = {"color": "black", "linewidth": 2} if name == "MDLM" else {"alpha": 0.8}
-            axes.errorbar(spent, means, errors, marker="o", markersize=4, capsize=2, label=name, **style)
-        if of_data:
-            axes.axhline(results["data"][of_data]["mean"], color="gray", linestyle="--", label="held-out stories")
+    for row in rows:
+        if row.get("gain"):
+            by_label.setdefault(label(row), []).append(row)
+    for name, group in by_label.items():
+        steps = [row["num_steps"] for row in group]
+        gains, errors = zip(*((row["gain"]["mean"], 2 * row["gain"]["stderr"]) for row in group), strict=True)
+        of_bound.errorbar(steps, gains, errors, marker="o", markersize=4, capsize=2, label=name)
+    of_bound.axhline(0, color="black", linewidth=1)
+    of_bound.set(xlabel="steps", title="bits per character that the energy takes off the bound")
+    kinds = {"MDLM": "black", "energy within the steps": "tab:orange", "corrector after them": "tab:blue"}
+    panels = (("judge's bits per character", "judge"), ("share of known words", "known_words"))
+    for axes, (title, name) in zip(of_samples, panels, strict=True):
+        for kind, color in kinds.items():
+            group = [row for row in rows if kind_of(row) == kind]
+            if not group:
+                continue
+            spent = [row["samples"]["passes"] for row in group]
+            values = [row["samples"][name] for row in group]
+            means, errors = zip(*((value["mean"], 2 * value["stderr"]) for value in values), strict=True)
+            line = "-" if kind == "MDLM" else ""
+            axes.errorbar(
+                spent, means, errors, linestyle=line, marker="o", markersize=4, color=color, label=kind, alpha=0.7
+            )
+        axes.axhline(results["data"][name]["mean"], color="gray", linestyle="--", label="held-out text")
+        axes.set(xlabel="passes for a sample", title=title)
+    for axes in (of_bound, *of_samples):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.set(xlabel="passes for a sample", title=title)
-    axes.legend(fontsize="x-small")
+        axes.legend(fontsize="x-small")
     figure.savefig(path, dpi=110, format="png")
+
+
+def kind_of(row: dict) -> str:
+    if row["window"] is None:
+        return "MDLM"
+    return "corrector after them" if row["corrector"][0] else "energy within the steps"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -262,12 +316,26 @@ def main(argv: list[str] | None = None) -> None:
                 if row["window"] is None and name != next(iter(variants)):
                     continue  # MDLM is the same for all
                 rows.append({"energy": name if row["window"] else None, "num_steps": num_steps} | row)
-    for row in tqdm(rows, desc="samples", unit="setting"):
+            for k, corrector in itertools.product(arguments.listed("num_candidates", int), arguments.all_correctors):
+                setting = {"num_steps": num_steps, "num_candidates": k, "window": [0.0, 0.0]}  # no step has t = 0
+                rows.append({"energy": name} | setting | {"corrector": list(corrector), "bound": None})
+
+    def sampled(row: dict) -> dict:
+        row = row | {"corrector": row.get("corrector", [0, 1]), "temperature": row.get("temperature", 1.0)}
         model = variants[row["energy"]] if row["energy"] else first
-        setting = {name: row[name] for name in ("num_steps", "num_candidates", "window")}
+        knobs = ("num_steps", "num_candidates", "window", "corrector", "temperature")
+        setting = {name: row[name] for name in knobs}
         key = setting | {"samples": arguments.num_samples, "seed": arguments.seed, "judge": weights_of_judge}
         key |= {"weights": weights[row["energy"] or next(iter(variants))], "shared": arguments.shared_completion}
-        row["samples"] = store.row(key, lambda model=model, setting=setting: samples(model, judge, setting, arguments))
+        return row | {"samples": store.row(key, lambda: samples(model, judge, setting, arguments))}
+
+    rows = [sampled(row) for row in tqdm(rows, desc="samples", unit="setting")]
+    best = chosen(rows, arguments.passes, arguments.tolerance)
+    temperatures = []
+    for temperature in arguments.listed("temperatures", float) if best else ():
+        passes = round(best["samples"]["passes"])
+        plain = {"energy": None, "num_steps": passes, "num_candidates": 1, "window": None, "temperature": temperature}
+        temperatures += [sampled(plain), sampled(best | {"temperature": temperature})]
     recorded = {"out", "num_threads", "from_json"}
     results = {
         "command": command("evaluate_settings", arguments, recorded - {"out"}),
@@ -275,10 +343,14 @@ def main(argv: list[str] | None = None) -> None:
         **machine(),
         "notes": NOTES,
         "pass_cost": {name: pass_cost(model) for name, model in variants.items()},
-        "data": {name: ratio(of_data["bits_per_character" if name == "judge" else name])
-                 for name in ("judge", "known_words")},
-        "chosen": chosen(rows, arguments.passes, arguments.tolerance),
+        "data": {
+            "judge": ratio(of_data["bits"], of_data["characters"]),
+            "known_words": ratio(of_data["known_words"]),
+            "entropy": ratio(entropies(x0_BL, eos)),
+        },
+        "chosen": best,
         "rows": rows,
+        "temperatures": temperatures,
     }  # fmt: skip
     write_json(out, results)
     write_whole(out.with_suffix(".png"), lambda path: plot(results, path))
