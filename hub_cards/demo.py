@@ -3,8 +3,9 @@
     python hub_cards/demo.py --model hub_cards/edlm-stories
 
 A masked diffusion model (MDLM) fills all blanks of a text in parallel, some at each step. EDLM (arXiv 2410.21357) lets
-it propose several versions at a step, and an energy, a network that reads the whole text, chooses one. Both may spend
-the same number of network passes. At the end a judge, a model that had no part in the texts, compares many of them.
+it propose several versions, and an energy, a network that reads the whole text, chooses one: at a step, or when the
+text is complete and is revised. Both may spend the same number of network passes, of which MDLM can use one for each
+blank. At the end a judge, a model that had no part in the texts, compares many of them.
 
 Everything comes from the model folder, the code too, as it would from the Hub: the package is not imported.
 """
@@ -50,7 +51,7 @@ class Canvas:
 
     Args:
         start: token ids before the first step. label: stands before the progress bar.
-        window: (hi, lo), the times at which an energy acts; None for never.
+        window: (hi, lo), the times at which an energy acts; None for never. rounds: of revision, after the steps.
     """
 
     def __init__(
@@ -61,13 +62,15 @@ class Canvas:
         num_steps: int,
         label: str,
         window: tuple[float, float] | None,
+        rounds: int = 0,
     ):
         self.mask, self.start, self.num_steps, self.label, self.window = mask_token_id, start, num_steps, label, window
+        self.total = num_steps + rounds
         self.eos = tokenizer.eos_token_id
         self.live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self.color = self.live and not os.environ.get("NO_COLOR")
         self.piece = functools.cache(lambda token: printable(tokenizer.decode([token], skip_special_tokens=True)))
-        self.snapshots = {round(num_steps * quarter / 4) for quarter in range(5)}
+        self.snapshots = {round(num_steps * quarter / 4) for quarter in range(5)}  # and the text after its revision
         self.shown, self.height = start, 0  # the last frame: its tokens, its lines
         self.last = self.seconds = 0.0  # when it was drawn; what all drawing took
 
@@ -78,10 +81,11 @@ class Canvas:
             is_due = time.perf_counter() - self.last >= FRAME_SECONDS
         else:
             is_due = done in self.snapshots
-        if is_due and done < self.num_steps:
+        if is_due and done < self.total:
             ids = state["sequences"][0].tolist()  # waits for the device: that is sampling, not drawing
             started = time.perf_counter()
-            self.draw(ids, done, self.window is not None and self.window[1] - 1e-9 <= t <= self.window[0] + 1e-9)
+            in_window = self.window is not None and self.window[1] - 1e-9 <= t <= self.window[0] + 1e-9
+            self.draw(ids, done, in_window or done > self.num_steps)
             self.seconds += time.perf_counter() - started
 
     def draw(self, ids: list[int], done: int, energy_acts: bool = False) -> None:
@@ -92,19 +96,21 @@ class Canvas:
         for token, before, first in zip(ids, self.shown, self.start, strict=True):
             if token == self.eos and first == self.mask:
                 break
-            is_new = before == self.mask and done < self.num_steps  # the finished text has no marks of the last step
+            is_new = before != token and done < self.total  # the finished text has no marks of the last step
             style = MASK if token == self.mask else GIVEN if first != self.mask else NEW if is_new else OLD
             cells += [(character, style) for character in (" ." if style == MASK else self.piece(token))]
         lines = [self.paint(line) for line in wrapped(cells, width)]
         progress = f"{done}/{self.num_steps} t={1 - done / self.num_steps:.2f}"
+        if done > self.num_steps:
+            progress = f"revision {done - self.num_steps}/{self.total - self.num_steps}"
         if not self.live:
             print(f"-- {self.label} {progress}", *lines, sep="\n", flush=True)
             return
         head, tail = f"{self.label} |", f"| {progress} {'energy chooses' if energy_acts else ''}"
         room = max(0, width - len(head) - len(tail))
-        if done < self.num_steps:  # a cursor does not go up past the top of the screen; the finished text may be longer
+        if done < self.total:  # a cursor does not go up past the top of the screen; the finished text may be longer
             lines = lines[-max(1, size.lines - 3) :]
-        lines.append((head + ("#" * (room * done // self.num_steps)).ljust(room, "-") + tail)[:width])
+        lines.append((head + ("#" * (room * done // self.total)).ljust(room, "-") + tail)[:width])
         up = f"\x1b[{self.height}A\r" if self.height else HIDE_CURSOR
         sys.stdout.write(up + "".join(f"\x1b[2K{line}\n" for line in lines) + "\x1b[J")
         sys.stdout.flush()
@@ -188,20 +194,23 @@ def expected_passes(blanks: int, num_steps: int, num_candidates: int, window: tu
     return (1 - (1 - 1 / num_steps) ** blanks) * (num_steps + (num_candidates * acting if num_candidates > 1 else 0))
 
 
-def equal_steps(blanks: int, num_steps: int, num_candidates: int, window: tuple[float, float]) -> tuple[int, int]:
-    """Steps of EDLM, at most `num_steps`, and of MDLM, at which both are expected to spend as many passes.
-
-    MDLM has no use for more than one pass for each blank, so EDLM takes fewer steps where it would spend more.
+def revision_passes(model: PreTrainedModel) -> int:
+    """A round costs a pass of the denoiser and those of the new candidates; the present text is scored once, or by an
+    energy that depends on the blanks each time.
     """
+    config = model.generation_config
+    k, rounds = config.corrector_candidates or config.num_candidates, config.corrector_steps
+    is_ar = model.energy_type == "ar"
+    return rounds * (k if is_ar else 1 + k) + is_ar if rounds and k > 1 and config.num_candidates > 1 else 0
 
-    def of_mdlm(T: int) -> float:
-        return expected_passes(blanks, T, 1, (1.0, 0.0))
 
-    most = of_mdlm(8 * blanks)
-    fitting = (T for T in range(num_steps, 1, -1) if expected_passes(blanks, T, num_candidates, window) <= most)
-    T = next(fitting, 1)
-    passes = expected_passes(blanks, T, num_candidates, window)
-    return T, min(range(1, 8 * blanks + 1), key=lambda T: abs(of_mdlm(T) - passes))
+def steps_of_mdlm(model: PreTrainedModel, blanks: int, num_steps: int) -> int:
+    """At which MDLM is expected to spend as many passes as EDLM with its `num_steps`, or nearly one for each blank: it
+    has no use for more.
+    """
+    config = model.generation_config
+    passes = expected_passes(blanks, num_steps, config.num_candidates, config.energy_window) + revision_passes(model)
+    return min(range(1, 8 * blanks + 1), key=lambda T: abs(expected_passes(blanks, T, 1, (1.0, 0.0)) - passes))
 
 
 class Task:
@@ -210,11 +219,11 @@ class Task:
     def __init__(self, name: str, start: list[int], model: PreTrainedModel, options: argparse.Namespace):
         self.name, self.start, self.model, self.options = name, start, model, options
         defaults, blanks = model.generation_config, start.count(model.config.mask_token_id)
+        self.rounds = {"MDLM": 0, "EDLM": defaults.corrector_steps if revision_passes(model) else 0}
         T, k = options.steps or defaults.num_steps, defaults.num_candidates
         self.settings = {"MDLM": {"num_steps": T, "num_candidates": 1}}
         if model.energy_type != "none":
-            T, of_mdlm = equal_steps(blanks, T, k, defaults.energy_window)
-            self.settings["MDLM"]["num_steps"] = of_mdlm
+            self.settings["MDLM"]["num_steps"] = steps_of_mdlm(model, blanks, T)
             self.settings["EDLM"] = {"num_steps": T, "num_candidates": k}
 
     def generate(self, sampler: str, **options):
@@ -228,13 +237,14 @@ class Task:
         setting, window = self.settings[sampler], None
         if sampler == "EDLM":
             window = self.model.generation_config.energy_window
-        canvas = Canvas(tokenizer, self.model.config.mask_token_id, self.start, setting["num_steps"], sampler, window)
+        mask, T, rounds = self.model.config.mask_token_id, setting["num_steps"], self.rounds[sampler]
+        canvas = Canvas(tokenizer, mask, self.start, T, sampler, window, rounds)
         try:
             canvas.draw(self.start, 0)
             started = time.perf_counter()
             output = self.generate(sampler, seed=self.options.seed, callback_on_step_end=canvas.callback)
             seconds = time.perf_counter() - started - canvas.seconds
-            canvas.draw(output.sequences[0].tolist(), setting["num_steps"])
+            canvas.draw(output.sequences[0].tolist(), T + rounds)
         finally:
             canvas.close()
         facts = {"nfe": int(output.nfe), "energy_nfe": int(output.energy_nfe), "seconds": seconds}
@@ -248,7 +258,8 @@ class Task:
 
         found = {}
         for sampler, setting in self.settings.items():
-            bar = tqdm(total=setting["num_steps"], desc=f"{self.name}, {sampler}, {SAMPLES} texts", leave=False)
+            steps = setting["num_steps"] + self.rounds[sampler]
+            bar = tqdm(total=steps, desc=f"{self.name}, {sampler}, {SAMPLES} texts", leave=False)
             with bar:
                 output = self.generate(
                     sampler,
@@ -354,9 +365,16 @@ def run(options: argparse.Namespace) -> None:
         f"{model.num_parameters():,} parameters, energy {model.energy_type}, {model.dtype} on {model.device} ({where})"
     )
     print(sizes)
-    if model.energy_type != "none":
-        hi, lo = config.energy_window
+    hi, lo = config.energy_window
+    if model.energy_type != "none" and hi > 0:
         print(f"The energy chooses among {config.num_candidates} proposals while t, from 1 to 0, is in [{lo}, {hi}].")
+    if revision_passes(model):
+        k, size = config.corrector_candidates or config.num_candidates, config.corrector_size
+        print(
+            f"{config.corrector_steps} rounds of revision: {size} tokens are masked, and the energy chooses between",
+            end=" ",
+        )
+        print("the text and another proposal." if k == 2 else f"the text and {k - 1} other proposals.")
     print()
     samples = [task.show(sampler, tokenizer) for task in tasks for sampler in task.settings]
     judged = {}

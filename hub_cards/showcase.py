@@ -3,7 +3,8 @@
     python -m hub_cards.showcase --model hub_cards/edlm-stories --out hub_cards/results/edlm-stories.json \
         --runs "denoiser=runs/stories/denoiser,step=runs/stories/step"
 
-Texts of the autoregressive model, of MDLM and of EDLM with the folder's defaults, MDLM with as many passes as EDLM:
+Texts of the autoregressive model, of MDLM and of EDLM with the folder's defaults, MDLM with as many passes as EDLM, or
+as many as it can use:
 free ones, continued prompts, and a filled gap. Runs are added to those that the file has already, part by part. A chart
 of the runs lies beside it.
 """
@@ -26,7 +27,7 @@ from training.results import CommaLists, command, machine, read_lines, read_resu
 from training.train_energy import EnergyArguments
 from training.trainer import parse_arguments, run_facts
 
-from .demo import GAP, equal_steps, with_blanks
+from .demo import GAP, steps_of_mdlm, with_blanks
 
 PROMPTS = (
     "Once upon a time, there was a little dog named Max. Max",
@@ -34,6 +35,7 @@ PROMPTS = (
     "The big bear was sad because",
 )
 ENERGIES = ("step",)
+DEFAULTS = ("num_steps", "num_candidates", "energy_window", "corrector_steps", "corrector_size", "temperature")
 
 
 @dataclass(kw_only=True)
@@ -65,14 +67,12 @@ class Writer:
     def write(self, sampler: str, start: list[int], size: int) -> dict:
         """`size` texts in place of the masks of `start`: ids (B, L), passes of each text, seconds of all."""
         blanks, defaults = start.count(self.mask), self.model.generation_config
-        k, window = defaults.num_candidates, defaults.energy_window
-        of_edlm, of_mdlm = equal_steps(blanks, defaults.num_steps, k, window)
         begun = time.perf_counter()
         if sampler == "AR":
             x_BL, passes_B = self.continue_left(start, size), torch.full((size,), blanks)
         else:
-            settings = {"num_steps": of_mdlm, "num_candidates": 1}
-            settings = {"num_steps": of_edlm, "num_candidates": k} if sampler == "EDLM" else settings
+            of_mdlm = {"num_steps": steps_of_mdlm(self.model, blanks, defaults.num_steps), "num_candidates": 1}
+            settings = of_mdlm if sampler == "MDLM" else {}
             output = self.model.generate(
                 torch.tensor([start]),
                 num_return_sequences=size,
@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
             "ar": writer.model.energy_model.num_parameters(),
             "judge": writer.judge.scorer.num_parameters(),
         },
-        "defaults": {name: getattr(defaults, name) for name in ("num_steps", "num_candidates", "energy_window")},
+        "defaults": {name: getattr(defaults, name) for name in DEFAULTS},
         "samplers": samplers,
         "lead": lead(samplers["MDLM"], samplers["EDLM"]),
         "texts": texts,

@@ -31,6 +31,7 @@ def folder(tmp_path_factory) -> Path:
     model.generation_config = type(model.generation_config)(
         num_steps=8, num_candidates=3, energy_window=(0.6, 0.0), shared_completion=True, eos_token_id=2, pad_token_id=0
     )
+    model.generation_config.corrector_steps = 4
     model.save_pretrained(folder)
     causal[1].save_pretrained(folder / "judge")
     (folder / "judge" / "words.txt").write_text("the\ndog\n")
