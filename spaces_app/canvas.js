@@ -19,6 +19,13 @@ let timer = null;
 const run = () => props.value;
 const shown = (i) => run().given[i] || (run().step[i] !== null && run().step[i] < at);
 
+// the pieces of text as they were after the step shown, and the places that it revised
+function revision() {
+  const pieces = [...run().tokens];
+  for (const [step, i, before] of [...run().revised].reverse()) if (step >= at) pieces[i] = before;
+  return [pieces, new Set(run().revised.filter(([step]) => step === at - 1).map(([, i]) => i))];
+}
+
 function paint() {
   const value = run();
   root.classList.toggle("empty", !value);
@@ -31,13 +38,14 @@ function paint() {
   while (text.children.length > value.tokens.length) text.lastChild.remove();
   if (text.children.length === 0) text.replaceChildren();
   let masked = 0;
-  value.tokens.forEach((piece, i) => {
+  const [pieces, now] = revision();
+  pieces.forEach((piece, i) => {
     const span = text.children[i] ?? text.appendChild(document.createElement("span"));
     const visible = shown(i);
     masked += !visible;
     const content = visible ? piece : "\u00b7";
     if (span.textContent !== content) span.textContent = content;
-    const kind = value.given[i] ? "given" : !visible ? "masked" : value.step[i] === at - 1 ? "new" : "written";
+    const kind = value.given[i] ? "given" : !visible ? "masked" : value.step[i] === at - 1 || now.has(i) ? "new" : "written";
     if (span.className !== kind) span.className = kind;
     if (visible && !value.given[i]) {
       span.style.setProperty("--hue", hue(value.step[i], steps));
@@ -45,7 +53,7 @@ function paint() {
       span.title = `step ${value.step[i] + 1} of ${steps}, probability ${value.p[i].toFixed(2)}`;
     } else span.removeAttribute("title");
   });
-  text.setAttribute("aria-label", plain(value.tokens.map((piece, i) => (shown(i) ? piece : null))));
+  text.setAttribute("aria-label", plain(pieces.map((piece, i) => (shown(i) ? piece : null))));
   root.dataset.masked = masked;
   root.dataset.step = at;
   const running = value.state === "running" && !stopped;

@@ -7,6 +7,7 @@ A run is a dictionary:
     step        the step that revealed it, None otherwise   p           its probability under the proposal at that step
     num_steps, done      steps in all, and taken            nfe, energy_nfe, seconds, seed
     acted       steps at which the energy chose             state       running, done, stopped or time
+    revised     [step, place, piece before] of each change of the corrector, whose rounds are the last steps
 
 A special token is the empty piece. So is what comes after an EOS; where that was still masked, it counts as revealed by
 the step of the EOS, with p 1.
@@ -128,6 +129,7 @@ class Recorder:
         self.loaded, self.settings, self.watch, self.report = loaded, settings, watch, report
         self.xt_L, self.known = torch.tensor(start), {}
         self.room, self.near, self.logits = candidates, near, []
+        self.rounds = rounds(loaded, settings)
         given = [i != loaded.mask for i in start]
         self.tail = max((i + 1 for i, is_given in enumerate(given) if is_given), default=0)  # after the last given one
         self.run = {
@@ -135,13 +137,14 @@ class Recorder:
             "given": given,
             "step": [None] * len(start),
             "p": [None] * len(start),
-            "num_steps": settings.num_steps,
+            "num_steps": settings.num_steps + self.rounds,
             "done": 0,
             "nfe": 0,
             "energy_nfe": 0,
             "seconds": 0.0,
             "seed": settings.seed,
             "acted": [],
+            "revised": [],
             "state": "running",
         }
         self.choices = []
@@ -186,9 +189,14 @@ class Recorder:
             at_M = positions_M[is_now_M]
             p_MV = (logits_MV[is_now_M.to(logits_MV.device)].float() / self.settings.temperature).softmax(-1).cpu()
             for i, p in zip(at_M.tolist(), p_MV.gather(-1, xt_L[at_M, None])[:, 0].tolist(), strict=True):
-                if run["step"][i] is None:  # otherwise an EOS before it has come first
+                if step >= self.settings.num_steps:
+                    run["p"][i] = round(p, 3)
+                elif run["step"][i] is None:  # otherwise an EOS before it has come first
                     run["p"][i], run["step"][i] = round(p, 3), step
-        run["tokens"] = self.pieces(xt_L.tolist())
+        before, run["tokens"] = run["tokens"], self.pieces(xt_L.tolist())
+        if step >= self.settings.num_steps:
+            pieces = enumerate(zip(before, run["tokens"], strict=True))
+            run["revised"] += [[step, i, old] for i, (old, new) in pieces if old != new]
         for i, piece in enumerate(run["tokens"]):
             if piece is not None and not run["given"][i] and run["step"][i] is None:  # padding from now on
                 run["p"][i], run["step"][i] = 1.0, step
@@ -196,7 +204,9 @@ class Recorder:
         self.logits, self.xt_L = [], xt_L.clone()
         if "energies" in state:
             run["acted"].append(step)
-            run["energy_nfe"] += state["candidates"][0].unique(dim=0).shape[0]
+            # of an AR energy the text that is revised has been scored by the round before
+            is_known = step > self.settings.num_steps and model.energy_type == "ar"
+            run["energy_nfe"] += state["candidates"][0][is_known:].unique(dim=0).shape[0]
             if self.room is not None:
                 self.choices.append(self.choice(step, t, state))
                 self.thin()
@@ -250,6 +260,12 @@ class Recorder:
         return next((i + 1 for i in range(self.tail, len(ids)) if ids[i] in self.loaded.ends), len(ids))
 
 
+def rounds(loaded: Loaded, settings: Settings) -> int:
+    """Of the model's own corrector; plain masked diffusion has none."""
+    is_plain = settings.num_candidates == 1 or loaded.model.energy_type == "none"
+    return 0 if is_plain else loaded.model.generation_config.corrector_steps
+
+
 def copied(run: dict) -> dict:
     """A run as it is now; the recorder goes on to change its own."""
     return {key: list(value) if isinstance(value, list) else value for key, value in run.items()}
@@ -273,7 +289,7 @@ def write(loaded: Loaded, text: str, settings: Settings, seconds: float = SECOND
 def inspect(loaded: Loaded, text: str, settings: Settings, step: int = 0, seconds: float = SECONDS) -> Iterator[dict]:
     """{"run", "choices"}: a run and, when it is over, what the energy chose from at its steps."""
     start = canvas(loaded, text, settings.length)
-    near = whole("step", step, 0, settings.num_steps - 1)
+    near = whole("step", step, 0, settings.num_steps + rounds(loaded, settings) - 1)
 
     def work(watch: Watch) -> None:
         recorder = Recorder(
@@ -296,7 +312,8 @@ def compare(
 ) -> Iterator[dict]:
     """{"mdlm", "edlm"}: two runs of one seed, without the energy and with it; "facts" of each when both are over.
 
-    equal: "denoiser calls", the same number of steps; "seconds", MDLM gets the steps that take as long as EDLM's.
+    equal: "denoiser calls", as many steps as EDLM has, its rounds of revision too; "seconds", MDLM gets the steps that
+        take as long as EDLM's.
     """
     if equal not in ("denoiser calls", "seconds"):
         raise Refused(f"equal must be 'denoiser calls' or 'seconds', got {equal!r}")
@@ -316,6 +333,8 @@ def compare(
         recorders = {}
         shown["edlm"] = run("edlm")
         plain = {"num_candidates": 1}
+        if equal == "denoiser calls":
+            plain["num_steps"] = min(MAX_STEPS, shown["edlm"]["num_steps"])
         if equal == "seconds" and shown["edlm"]["state"] == "done":
             began, mdlm_steps = time.monotonic(), settings.num_steps
             # a first run at EDLM's own steps tells how long a step takes; the second one is shown

@@ -127,6 +127,36 @@ def test_probabilities_are_the_proposals(engine, loaded):
             assert run["p"][i] == pytest.approx(p, abs=2e-3)
 
 
+def test_revisions_can_be_played_back(engine, loaded, monkeypatch):
+    """Undone from the last to the first, they lead to every state that generate() has gone through."""
+    config = loaded.model.generation_config
+    monkeypatch.setattr(config, "corrector_steps", 12)
+    monkeypatch.setattr(config, "corrector_size", 6)
+    settings = engine.Settings.of(loaded, num_steps=4, seed=3, length=24)
+    runs = list(engine.write(loaded, "ab", settings))
+    done = runs[-1]
+    assert done["num_steps"] == done["done"] == 16 and done["acted"][-12:] == list(range(4, 16))
+    output = loaded.model.generate(
+        torch.tensor([engine.canvas(loaded, "ab", 24)]),
+        max_length=24,
+        num_steps=4,
+        num_candidates=settings.num_candidates,
+        energy_window=settings.energy_window,
+        shared_completion=settings.shared_completion,
+        seed=3,
+        output_history=True,
+        return_dict_in_generate=True,
+    )
+    assert (done["nfe"], done["energy_nfe"]) == (int(output.nfe), int(output.energy_nfe))
+    pieces = list(done["tokens"])
+    for step in range(15, 3, -1):
+        assert pieces == [loaded.text([i]) for i in output.history[step + 1][0].tolist()]
+        for _, i, before in [row for row in done["revised"] if row[0] == step]:
+            pieces[i] = before
+    assert done["revised"] and pieces == [loaded.text([i]) for i in output.history[4][0].tolist()]
+    assert list(engine.write(loaded, "ab", engine.Settings.of(loaded, num_candidates=1)))[-1]["revised"] == []
+
+
 def test_each_draft_has_fewer_masks(engine, loaded, monkeypatch):
     """The first draft is the empty canvas, the last one has no mask, and nothing that was revealed moves."""
     monkeypatch.setattr(sys.modules["watch"], "FRAME_SECONDS", 0)
