@@ -42,6 +42,15 @@ def test_the_folder_is_small_and_loads_in_float32(model, tokenizer):
     assert tokenizer.mask_token_id == model.config.mask_token_id and tokenizer.eos_token == "[EOS]"
 
 
+def test_a_story_begins_at_its_beginning(model, tokenizer):
+    """With every place masked, the first one expects a capital or a quote, and the others do not."""
+    assert model.config.prepend_bos
+    starts = torch.tensor([bool(re.match(r'"?[A-Z]|"', tokenizer.decode([i]))) for i in range(len(tokenizer))])
+    with torch.no_grad():
+        p_LV = model.log_p_x0(torch.full((1, 64), tokenizer.mask_token_id))[0].exp()
+    assert p_LV[0, starts].sum() > 0.9 > 0.5 > p_LV[32, starts].sum()
+
+
 def test_a_text_ends_at_its_end(model, tokenizer):
     """No special token stands before the EOS, and behind it there is padding alone."""
     with torch.no_grad():
@@ -65,6 +74,7 @@ def test_defaults_are_the_setting_that_was_measured_best(model):
     defaults = model.generation_config
     assert [defaults.num_steps, defaults.num_candidates] == [chosen["num_steps"], chosen["num_candidates"]]
     assert list(defaults.energy_window) == chosen["window"] and defaults.shared_completion
+    assert [defaults.corrector_steps, defaults.corrector_size] == chosen["corrector"]
 
 
 def test_the_readme_shows_what_the_demo_prints():
