@@ -49,7 +49,7 @@ def command(root: Path, judge: str = "judge", **changes) -> list[str]:
     options = {"model": root / "edlm", "judge": root / judge, "data": root / "data", "out": root / "out" / "all.json"}
     options |= {"num_steps": "2,4", "num_candidates": "2,3", "windows": "1:0,0.5:0,0.3:0.2", "num_sequences": 5}
     options |= {"num_times": 2, "inner_samples": 2, "num_samples": 3, "passes": 6, "tolerance": 0.5}
-    options |= {"correctors": "2:1,3:4", "temperatures": "1,0.5"}
+    options |= {"correctors": "2:1:3,3:4:2", "temperatures": "1,0.5"}
     return [str(part) for k, v in (options | changes).items() for part in (f"--{k}", v)]
 
 
@@ -60,7 +60,7 @@ def results(root) -> dict:
 
 
 def test_the_grid_is_whole(results, root):
-    assert len(results["rows"]) == 2 * (1 + 2 * len(WINDOWS) + 2 * 2)
+    assert len(results["rows"]) == 2 * (1 + 2 * len(WINDOWS) + 2)
     assert [row["temperature"] for row in results["temperatures"]] == [1, 1, 0.5, 0.5]
     assert results["temperatures"][1] == results["chosen"]  # the same seeds
     assert (root / "out" / "all.png").stat().st_size > 1000
@@ -151,9 +151,10 @@ def test_what_is_there_is_not_measured_again(results, root, monkeypatch):
         ({"windows": "0.4"}, "windows must be hi:lo .*0.4"),
         ({"windows": "x:0"}, "windows must be hi:lo .*'x:0'"),
         ({"num_candidates": "1,2"}, "num_candidates must be at least 2, got '1,2'"),
-        ({"correctors": "4:0"}, "corrector_size must be an integer of at least 1, got 0"),
-        ({"correctors": "4"}, "correctors must be rounds:size"),
+        ({"correctors": "4:0:2"}, "corrector_size must be an integer of at least 1, got 0"),
+        ({"correctors": "4"}, "correctors must be rounds:size:k .*'4'"),
         ({"temperatures": "0"}, "temperature must be positive, got 0.0"),
+        ({"sample_dtype": "float16"}, "sample_dtype must be float32 or bfloat16, got 'float16'"),
         ({"num_samples": 1}, "num_samples must be at least 2, got 1"),
         ({"out": "x.txt"}, "out must end in .json"),
     ],

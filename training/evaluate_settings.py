@@ -13,7 +13,6 @@ where it was stopped.
 Shapes: B texts, J draws for each, C values of k, L length.
 """
 
-import itertools
 import json
 import time
 from dataclasses import dataclass, field
@@ -57,13 +56,14 @@ class SettingsArguments(CommaLists):
     num_steps: str = field(default="8,16,32,64", metadata={"help": "T, with commas between"})
     num_candidates: str = field(default="2,4,8", metadata={"help": "k besides 1, which is MDLM"})
     windows: str = field(default="1:0,0.4:0,0.25:0", metadata={"help": "hi:lo, the energy acts at t in [lo, hi]"})
-    correctors: str = field(default="", metadata={"help": "rounds:size, with commas between, e.g. 32:8"})
+    correctors: str = field(default="", metadata={"help": "rounds:size:k, with commas between, e.g. 64:8:2"})
     temperatures: str = field(default="1", metadata={"help": "of the chosen setting and of MDLM, with commas between"})
     shared_completion: bool = field(default=True, metadata={"help": "of candidates, for energies of x0"})
     num_sequences: int = field(default=48, metadata={"help": "texts of the bound, evenly spaced"})
     num_times: int = field(default=4, metadata={"help": "draws of the bound for each text"})
     inner_samples: int = field(default=4, metadata={"help": "inner samples of the bound for each draw"})
     num_samples: int = field(default=24, metadata={"help": "of each setting"})
+    sample_dtype: str = field(default="float32", metadata={"help": "or bfloat16, where the machine is faster in it"})
     passes: float = field(default=64, metadata={"help": "the setting that is chosen costs about so many"})
     tolerance: float = field(default=0.15, metadata={"help": "what about means: up to this share more or fewer"})
     seed: int = 0
@@ -78,6 +78,8 @@ class SettingsArguments(CommaLists):
                 raise ValueError(f"{name} must be given, got {getattr(self, name)!r}")
         if not self.out.endswith(".json"):
             raise ValueError(f"out must end in .json, got {self.out!r}")
+        if self.sample_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"sample_dtype must be float32 or bfloat16, got {self.sample_dtype!r}")
         least = {"num_sequences": 2, "num_times": 1, "inner_samples": 1, "num_samples": 2, "passes": 1}
         for name, value in least.items():
             if getattr(self, name) < value:
@@ -87,24 +89,27 @@ class SettingsArguments(CommaLists):
                 raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)!r}")
         for window in self.all_windows:
             EDLMGenerationConfig(energy_window=window)  # checks it
-        for rounds, size in self.all_correctors:
-            EDLMGenerationConfig(corrector_steps=rounds, corrector_size=size)
+        for rounds, size, k in self.all_correctors:
+            EDLMGenerationConfig(corrector_steps=rounds, corrector_size=size, num_candidates=k)
         for temperature in self.listed("temperatures", float):
             EDLMGenerationConfig(temperature=temperature)
 
     @property
     def all_windows(self) -> list[tuple[float, float]]:
-        return self.pairs("windows", float, "hi:lo")
+        return self.tuples("windows", float, "hi:lo")
 
     @property
-    def all_correctors(self) -> list[tuple[int, int]]:
-        return self.pairs("correctors", int, "rounds:size")
+    def all_correctors(self) -> list[tuple[int, int, int]]:
+        return self.tuples("correctors", int, "rounds:size:k")
 
-    def pairs(self, name: str, kind: type, form: str) -> list[tuple]:
+    def tuples(self, name: str, kind: type, form: str) -> list[tuple]:
         try:
-            return [(kind(first), kind(second)) for first, second in (pair.split(":") for pair in self.listed(name))]
+            found = [tuple(kind(part) for part in item.split(":")) for item in self.listed(name)]
         except ValueError:
-            raise ValueError(f"{name} must be {form} with commas between, got {getattr(self, name)!r}") from None
+            found = [()]
+        if any(len(item) != len(form.split(":")) for item in found):
+            raise ValueError(f"{name} must be {form} with commas between, got {getattr(self, name)!r}")
+        return found
 
 
 @dataclass
@@ -158,6 +163,7 @@ def bounds(model: EDLMModel, x0_BL: torch.Tensor, characters_B, num_steps: int, 
 
 def samples(model: EDLMModel, judge: Judge, setting: dict, arguments) -> dict:
     """What the samples of a setting cost and what the judge says of them."""
+    model.to(getattr(torch, arguments.sample_dtype))
     begun = time.perf_counter()
     output = model.generate(
         batch_size=arguments.num_samples,
@@ -172,6 +178,7 @@ def samples(model: EDLMModel, judge: Judge, setting: dict, arguments) -> dict:
         return_dict_in_generate=True,
     )
     seconds = time.perf_counter() - begun
+    model.float()  # the bounds are exact in this alone
     x_BL, eos = output.sequences, judge.tokenizer.eos_token_id
     found = judge.read(x_BL)
     return {
@@ -316,9 +323,9 @@ def main(argv: list[str] | None = None) -> None:
                 if row["window"] is None and name != next(iter(variants)):
                     continue  # MDLM is the same for all
                 rows.append({"energy": name if row["window"] else None, "num_steps": num_steps} | row)
-            for k, corrector in itertools.product(arguments.listed("num_candidates", int), arguments.all_correctors):
+            for rounds, size, k in arguments.all_correctors:
                 setting = {"num_steps": num_steps, "num_candidates": k, "window": [0.0, 0.0]}  # no step has t = 0
-                rows.append({"energy": name} | setting | {"corrector": list(corrector), "bound": None})
+                rows.append({"energy": name} | setting | {"corrector": [rounds, size], "bound": None})
 
     def sampled(row: dict) -> dict:
         row = row | {"corrector": row.get("corrector", [0, 1]), "temperature": row.get("temperature", 1.0)}
@@ -327,6 +334,7 @@ def main(argv: list[str] | None = None) -> None:
         setting = {name: row[name] for name in knobs}
         key = setting | {"samples": arguments.num_samples, "seed": arguments.seed, "judge": weights_of_judge}
         key |= {"weights": weights[row["energy"] or next(iter(variants))], "shared": arguments.shared_completion}
+        key |= {"dtype": arguments.sample_dtype}
         return row | {"samples": store.row(key, lambda: samples(model, judge, setting, arguments))}
 
     rows = [sampled(row) for row in tqdm(rows, desc="samples", unit="setting")]
