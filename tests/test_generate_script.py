@@ -228,6 +228,7 @@ def test_options_of_generate_are_handed_on(whole, folder, tmp_path):
             "filtered",
             {"top_k": 5, "top_p": 0.9, "temperature": 0.7, "energy_temperature": 2.0, "shared_completion": True},
         ),
+        ("revised", {"corrector_steps": 3, "corrector_size": 2, "corrector_candidates": 4}),
         ("greedy", {"do_sample": False}),
     ):
         rows = run(folder, tmp_path / f"{name}.jsonl", **changes)

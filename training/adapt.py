@@ -151,6 +151,7 @@ def samples(arguments: AdaptArguments) -> tuple[list[dict], list[dict]]:
                     num_steps=num_steps,
                     num_candidates=k,
                     energy_window=(1.0, 0.0),
+                    corrector_steps=0,
                     energy_batch_size=arguments.energy_batch_size,
                     seed=arguments.seed,
                     return_dict_in_generate=True,

@@ -238,6 +238,7 @@ def draw(
         num_candidates=k if is_edlm else 1,
         energy_window=(1.0, setting["window_low"] or 0.0),
         shared_completion=setting["shared_completion"],
+        corrector_steps=0,
         temperature=setting["temperature"],
         return_dict_in_generate=True,
         callback_on_step_end=lambda *_: bar is not None and bar.update(),

@@ -54,6 +54,7 @@ from .trainer import fingerprint, parse_arguments
 ROW_GROUP = 1000  # rows of a parquet file that are in memory together
 LENGTHS = ("max_length", "max_new_tokens")
 SAMPLING = ("num_steps", "num_candidates", "energy_window", "energy_temperature", "shared_completion")
+SAMPLING += ("corrector_steps", "corrector_size", "corrector_candidates")
 SAMPLING += ("temperature", "top_k", "top_p", "do_sample")  # options of generate() that a text depends on
 ENDS = ("eos_token_id", "pad_token_id")  # in the checkpoint's settings alone
 SCHEMA = pa.schema(
@@ -74,11 +75,14 @@ class GenerateArguments(CommaLists):
     num_return_sequences: int | None = field(default=None, metadata={"help": "samples of each prompt"})
     max_length: int | None = field(default=None, metadata={"help": "tokens of a text; default: the model's length"})
     max_new_tokens: int | None = field(default=None, metadata={"help": "tokens after the prompt; or give max_length"})
-    num_steps: int | None = field(default=None, metadata={"help": "this and the next eight: the checkpoint's default"})
+    num_steps: int | None = field(default=None, metadata={"help": "this and the next eleven: the checkpoint's default"})
     num_candidates: int | None = None
     energy_window: str = field(default="", metadata={"help": "hi,lo: the energy acts at times in [lo, hi]"})
     energy_temperature: float | None = None
     shared_completion: bool | None = None
+    corrector_steps: int | None = None
+    corrector_size: int | None = None
+    corrector_candidates: int | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None

@@ -92,6 +92,7 @@ def main(argv: list[str] | None = None):
                 num_steps=num_steps,
                 num_candidates=k,
                 energy_window=(1.0, low),
+                corrector_steps=0,
                 seed=arguments.seed,
                 return_dict_in_generate=True,
                 callback_on_step_end=lambda *_, bar=progress: bar.update(),
