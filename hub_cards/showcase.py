@@ -3,10 +3,9 @@
     python -m hub_cards.showcase --model hub_cards/edlm-stories --out hub_cards/results/edlm-stories.json \
         --runs "denoiser=runs/stories/denoiser,step=runs/stories/step"
 
-Texts of the autoregressive model, of MDLM and of EDLM with the folder's defaults, MDLM with as many passes as EDLM, or
-as many as it can use:
-free ones, continued prompts, and a filled gap. Runs are added to those that the file has already, part by part. A chart
-of the runs lies beside it.
+Texts of the autoregressive model, of MDLM and of EDLM with the folder's defaults, all at their temperature, MDLM with as
+many passes as EDLM or as many as it can use: free ones, continued prompts, and a filled gap. Runs are added to those
+that the file has already, part by part. A chart of the runs lies beside it.
 """
 
 import time
@@ -93,6 +92,7 @@ class Writer:
             torch.tensor([[ar.config.bos_token_id, *start[:first]]]).expand(size, -1),
             max_new_tokens=start.count(self.mask),
             do_sample=True,
+            temperature=self.model.generation_config.temperature,
             top_k=0,
             suppress_tokens=None if start[-1] == self.mask else [self.tokenizer.eos_token_id],  # a gap has no end
             eos_token_id=self.tokenizer.eos_token_id,

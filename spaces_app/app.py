@@ -55,7 +55,7 @@ ARGUMENTS = """text: what to continue; with [MASK], or [MASK 12] for twelve toke
         window_low: the energy acts until this time, at most window_high; -1 is the model's own value.
         shared_completion: "yes" if the proposals of a step differ only in what the step reveals, "no" if they differ
             everywhere, "model" for the model's own choice.
-        temperature: of the proposals.
+        temperature: of the proposals; 0 is the model's own.
         seed: fixes the result; -1 draws a new one.
         length: tokens in all where the text has no gaps; 0 is as many as the model allows.
         model: one of the models of this Space; empty is its first."""
@@ -103,7 +103,7 @@ def settings_of(
         window_high=None if window_high == -1 else window_high,
         window_low=None if window_low == -1 else window_low,
         shared_completion=SHARED.get(shared_completion, shared_completion),
-        temperature=temperature,
+        temperature=None if temperature == 0 else temperature,
         seed=secrets.randbelow(MAX_SEED) if seed == -1 else seed,
         length=length,
     )
@@ -128,7 +128,7 @@ def write(
     window_high: float = -1.0,
     window_low: float = -1.0,
     shared_completion: str = "model",
-    temperature: float = 1.0,
+    temperature: float = 0.0,
     seed: int = -1,
     length: int = 0,
     model: str = "",
@@ -156,7 +156,7 @@ def compare(
     window_high: float = -1.0,
     window_low: float = -1.0,
     shared_completion: str = "model",
-    temperature: float = 1.0,
+    temperature: float = 0.0,
     seed: int = -1,
     length: int = 0,
     equal: str = "denoiser calls",
@@ -187,7 +187,7 @@ def inspect(
     window_high: float = -1.0,
     window_low: float = -1.0,
     shared_completion: str = "model",
-    temperature: float = 1.0,
+    temperature: float = 0.0,
     seed: int = -1,
     length: int = 0,
     step: int = 0,
@@ -284,7 +284,7 @@ def meet(model):
     try:
         loaded = MODELS.get(model)
     except Exception as error:
-        return f"<div class='edlm-hint'>{escape(str(error))}</div>", *[gr.skip()] * 6
+        return f"<div class='edlm-hint'>{escape(str(error))}</div>", *[gr.skip()] * 7
     kind = {"none": "no energy", "nce": "a trained energy"}.get(loaded.model.energy_type, "an autoregressive energy")
     if loaded.model.config.energy_target == "xs":
         kind += " of the next state"
@@ -477,8 +477,8 @@ def build() -> gr.Blocks:
                 with gr.Tab("What is this?"):
                     gr.HTML((HERE / "about.html").read_text())
 
-        own = [steps, candidates, high, low, shared]
-        sampler = [*own, temperature, seed, length]
+        own = [steps, candidates, high, low, shared, temperature]
+        sampler = [*own, seed, length]
         fresh = f"(seed, renew) => {{ {START} return renew ? Math.floor(Math.random() * {MAX_SEED}) : seed; }}"
         first = gr.on([go_write.click, text.submit], None, [seed, renew], seed, js=fresh, **hidden)
         # always_last: a click while the last run is still being stopped is not lost

@@ -46,7 +46,7 @@ class Settings:
     window_high: float
     window_low: float
     shared_completion: bool
-    temperature: float = 1.0
+    temperature: float
     seed: int = 0
     length: int = 0
 
@@ -86,6 +86,7 @@ def own(loaded: Loaded) -> dict:
         "window_high": high,
         "window_low": low,
         "shared_completion": config.shared_completion,
+        "temperature": min(float(config.temperature), MAX_TEMPERATURE),
     }
 
 

@@ -7,7 +7,7 @@
 The bound of every k and window at one T comes from the same draws: outside its window an energy adds nothing. Samples
 of all settings have the same seeds; those of the corrector have no bound. The setting that is chosen is the one whose
 samples the judge finds best, among those that cost about `--passes` passes; it and MDLM, which may take as many steps,
-are also sampled at `--temperatures`. What is finished is kept in a .jsonl beside `--out`, and the same command goes on
+are sampled at each of `--temperatures`, all others at the first one. What is finished is kept in a .jsonl beside `--out`, and the same command goes on
 where it was stopped.
 
 Shapes: B texts, J draws for each, C values of k, L length.
@@ -57,7 +57,7 @@ class SettingsArguments(CommaLists):
     num_candidates: str = field(default="2,4,8", metadata={"help": "k besides 1, which is MDLM"})
     windows: str = field(default="1:0,0.4:0,0.25:0", metadata={"help": "hi:lo, the energy acts at t in [lo, hi]"})
     correctors: str = field(default="", metadata={"help": "rounds:size:k, with commas between, e.g. 64:8:2"})
-    temperatures: str = field(default="1", metadata={"help": "of the chosen setting and of MDLM, with commas between"})
+    temperatures: str = field(default="1", metadata={"help": "of the samples: the first; of the chosen setting: all"})
     shared_completion: bool = field(default=True, metadata={"help": "of candidates, for energies of x0"})
     num_sequences: int = field(default=48, metadata={"help": "texts of the bound, evenly spaced"})
     num_times: int = field(default=4, metadata={"help": "draws of the bound for each text"})
@@ -327,8 +327,10 @@ def main(argv: list[str] | None = None) -> None:
                 setting = {"num_steps": num_steps, "num_candidates": k, "window": [0.0, 0.0]}  # no step has t = 0
                 rows.append({"energy": name} | setting | {"corrector": [rounds, size], "bound": None})
 
+    temperature = arguments.listed("temperatures", float)[0]
+
     def sampled(row: dict) -> dict:
-        row = row | {"corrector": row.get("corrector", [0, 1]), "temperature": row.get("temperature", 1.0)}
+        row = row | {"corrector": row.get("corrector", [0, 1]), "temperature": row.get("temperature", temperature)}
         model = variants[row["energy"]] if row["energy"] else first
         knobs = ("num_steps", "num_candidates", "window", "corrector", "temperature")
         setting = {name: row[name] for name in knobs}
@@ -340,10 +342,10 @@ def main(argv: list[str] | None = None) -> None:
     rows = [sampled(row) for row in tqdm(rows, desc="samples", unit="setting")]
     best = chosen(rows, arguments.passes, arguments.tolerance)
     temperatures = []
-    for temperature in arguments.listed("temperatures", float) if best else ():
+    for other in arguments.listed("temperatures", float) if best else ():
         passes = round(best["samples"]["passes"])
-        plain = {"energy": None, "num_steps": passes, "num_candidates": 1, "window": None, "temperature": temperature}
-        temperatures += [sampled(plain), sampled(best | {"temperature": temperature})]
+        plain = {"energy": None, "num_steps": passes, "num_candidates": 1, "window": None, "temperature": other}
+        temperatures += [sampled(plain), sampled(best | {"temperature": other})]
     recorded = {"out", "num_threads", "from_json"}
     results = {
         "command": command("evaluate_settings", arguments, recorded - {"out"}),
