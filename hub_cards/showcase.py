@@ -3,9 +3,9 @@
     python -m hub_cards.showcase --model hub_cards/edlm-stories --out hub_cards/results/edlm-stories.json \
         --runs "denoiser=runs/stories/denoiser,step=runs/stories/step"
 
-Texts of the autoregressive model, of MDLM and of EDLM with the folder's defaults, all at their temperature, MDLM with as
-many passes as EDLM or as many as it can use: free ones, continued prompts, and a filled gap. Runs are added to those
-that the file has already, part by part. A chart of the runs lies beside it.
+Texts of the autoregressive model, of MDLM and of EDLM with the folder's defaults, at one temperature; MDLM has as many
+passes as EDLM, or as many as it can use: free ones, continued prompts, and a filled gap. Runs are added to those that
+the file has already, part by part. A chart of the runs lies beside it.
 """
 
 import time

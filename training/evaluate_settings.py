@@ -7,8 +7,8 @@
 The bound of every k and window at one T comes from the same draws: outside its window an energy adds nothing. Samples
 of all settings have the same seeds; those of the corrector have no bound. The setting that is chosen is the one whose
 samples the judge finds best, among those that cost about `--passes` passes; it and MDLM, which may take as many steps,
-are sampled at each of `--temperatures`, all others at the first one. What is finished is kept in a .jsonl beside `--out`, and the same command goes on
-where it was stopped.
+are sampled at each of `--temperatures`, all others at the first one. What is finished is kept in a .jsonl beside
+`--out`, and the same command goes on where it was stopped.
 
 Shapes: B texts, J draws for each, C values of k, L length.
 """
