@@ -11,6 +11,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 from safetensors import safe_open
 
+from training.evaluate_settings import chosen, label
+
 from .card import ADAPTER, HUB_CARDS, MODEL, TAGS, Card, read_json, read_lines
 
 RESULTS = HUB_CARDS / "results"
@@ -140,6 +142,25 @@ def model_card(names: Names) -> Card:
     return Card("model", data, facts, "model.md")
 
 
+def settings_facts(settings: dict) -> dict:
+    """Of a grid of settings: the best one, the best at about 64 passes, and both samplers by temperature."""
+    at_64 = chosen(settings["rows"], 64, settings["arguments"]["tolerance"])
+    plain = [row for row in settings["rows"] if row["window"] is None and row["num_steps"] == 64]
+    names = ("judge", "known_words", "entropy")
+    return {
+        "passes": settings["arguments"]["passes"],
+        "best": settings["chosen"],
+        "at_64": at_64 and {"label": f"T = {at_64['num_steps']}, {label(at_64)}", "judge": at_64["samples"]["judge"]},
+        "mdlm_64": plain[0]["samples"]["judge"] if plain else None,
+        "temperatures": [
+            {"temperature": row["temperature"], "sampler": "EDLM" if row["window"] else "MDLM"}
+            | {name: row["samples"][name] for name in names}
+            for row in settings["temperatures"]
+        ],
+        "data": settings["data"],
+    }
+
+
 def stories_card(names: Names) -> Card:
     results_file, settings_file = SHIPPED[names.name]
     results, config = read_json(RESULTS / results_file), read_json(HUB_CARDS / names.name / MODEL)
@@ -166,12 +187,8 @@ def stories_card(names: Names) -> Card:
         "hours": sum(run["minutes"] for runs in training.values() for run in runs) / 60,
         "texts": texts,
         "files": names.link(results_file),
-        "settings": {
-            "command": names.command(settings["command"]),
-            "passes": settings["arguments"]["passes"],
-            "best": settings["chosen"],
-            "file": names.link(settings_file),
-        },
+        "settings": settings_facts(settings)
+        | {"command": names.command(settings["command"]), "file": names.link(settings_file)},
     }  # fmt: skip
     measured = {"dataset": "tinystories-sample", "split": "validation", "file": results_file}
     found = [

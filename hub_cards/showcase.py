@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
@@ -34,6 +35,7 @@ PROMPTS = (
     "The big bear was sad because",
 )
 ENERGIES = ("step",)
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 DEFAULTS = ("num_steps", "num_candidates", "energy_window", "corrector_steps", "corrector_size", "temperature")
 
 
@@ -133,6 +135,15 @@ def lead(mdlm: dict, edlm: dict) -> dict:
     return {"mean": mdlm["judge"]["mean"] - edlm["judge"]["mean"], "stderr": float(spread)}
 
 
+def adapters(folder: Path) -> dict[str, int]:
+    """Parameters of the energies that lie in the folder as adapters."""
+    sizes = {}
+    for part in ENERGIES:
+        if (weights := folder / part / ADAPTER_WEIGHTS).exists():
+            sizes[part] = sum(value.numel() for value in load_file(weights).values())
+    return sizes
+
+
 def curve(run: Path) -> list[dict]:
     """The evaluations of a run, by its minutes."""
     names = ("validation_bits_per_character", "validation_bits_per_token", "validation_bits_stderr")
@@ -212,7 +223,8 @@ def main(argv: list[str] | None = None) -> None:
             "denoiser": writer.model.denoiser.num_parameters(),
             "ar": writer.model.energy_model.num_parameters(),
             "judge": writer.judge.scorer.num_parameters(),
-        },
+        }
+        | adapters(Path(arguments.model)),
         "defaults": {name: getattr(defaults, name) for name in DEFAULTS},
         "samplers": samplers,
         "lead": lead(samplers["MDLM"], samplers["EDLM"]),

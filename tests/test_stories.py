@@ -61,6 +61,23 @@ def test_a_text_ends_at_its_end(model, tokenizer):
         assert not special & set(ids[:end]) and set(ids[end + 1 :]) <= {tokenizer.pad_token_id}
 
 
+def test_the_step_energy_lies_beside_it(model, tokenizer):
+    """An adapter over this very denoiser, which tells real stories from shuffled proposals."""
+    edlm = AutoModel.from_pretrained(FOLDER).eval().load_energy(str(FOLDER), subfolder="step")
+    assert edlm.energy_type == "nce" and edlm.config.energy_target == "xs"
+    shared = edlm.energy_model.network.backbone.embedding.weight
+    assert shared is edlm.denoiser.backbone.embedding.weight
+    story = "Once upon a time, there was a little girl named Lily. She had a red ball. One day, it rolled into the pond."
+    x_1L = torch.tensor([tokenizer(story).input_ids])
+    where_1L = torch.arange(x_1L.shape[1])[None] % 2 == 1
+    xt_1L = x_1L.masked_fill(where_1L, tokenizer.mask_token_id)
+    with torch.no_grad():
+        drawn_KL = edlm.denoiser.propose(xt_1L, where_1L, 16, seed=0, t=0.5)[0][0]
+        real = edlm.energy(x_1L, xt_1L, 0.0)
+        energies = edlm.energy(drawn_KL, xt_1L.expand_as(drawn_KL), 0.0)
+    assert real < energies.median()
+
+
 def test_pipelines(tokenizer):
     options = {"max_new_tokens": 12, "num_steps": 8, "seed": 0}
     written = pipeline("text-generation", str(FOLDER), trust_remote_code=True)(OPENING, **options)[0]["generated_text"]
