@@ -67,7 +67,7 @@ def test_the_step_energy_lies_beside_it(model, tokenizer):
     assert edlm.energy_type == "nce" and edlm.config.energy_target == "xs"
     shared = edlm.energy_model.network.backbone.embedding.weight
     assert shared is edlm.denoiser.backbone.embedding.weight
-    story = "Once upon a time, there was a little girl named Lily. She had a red ball. One day, it rolled into the pond."
+    story = "Once upon a time, there was a little girl named Lily. She had a red ball. It rolled into the pond."
     x_1L = torch.tensor([tokenizer(story).input_ids])
     where_1L = torch.arange(x_1L.shape[1])[None] % 2 == 1
     xt_1L = x_1L.masked_fill(where_1L, tokenizer.mask_token_id)
