@@ -165,7 +165,7 @@ def stories_card(names: Names) -> Card:
     results_file, settings_file = SHIPPED[names.name]
     results, config = read_json(RESULTS / results_file), read_json(HUB_CARDS / names.name / MODEL)
     sizes = ("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
-    as_they_are = ("parameters", "num_samples", "num_shown", "seed", "samplers", "lead", "defaults")
+    as_they_are = ("parameters", "num_samples", "num_shown", "seed", "dtype", "samplers", "lead", "defaults")
     training, texts = {}, {}
     for part, runs in results["training"].items():
         training[part] = [

@@ -46,11 +46,14 @@ class ShowcaseArguments(CommaLists):
     runs: str = field(default="", metadata={"help": "runs to add, e.g. ar=FOLDER,denoiser=FOLDER"})
     num_samples: int = field(default=32, metadata={"help": "free texts of each sampler that the judge reads"})
     num_shown: int = field(default=6, metadata={"help": "of these, the first so many are shown"})
+    dtype: str = field(default="float32", metadata={"help": "of the samplers: or bfloat16, where that is faster"})
     seed: int = 0
 
     def __post_init__(self):
         if not 2 <= self.num_shown <= self.num_samples:
             raise ValueError(f"num_shown must lie in [2, num_samples={self.num_samples}], got {self.num_shown}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
         for item in self.listed("runs"):
             if not Path(item.partition("=")[2], "metrics.jsonl").is_file():
                 raise ValueError(f"runs must be part=FOLDER with a metrics.jsonl in each folder, got {item!r}")
@@ -60,7 +63,7 @@ class Writer:
     """The three samplers of a folder."""
 
     def __init__(self, arguments: ShowcaseArguments):
-        self.model = EDLMModel.from_pretrained(arguments.model, dtype=torch.float32).eval()
+        self.model = EDLMModel.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(arguments.model)
         self.judge, self.seed = Judge.load(f"{arguments.model}:judge", self.tokenizer), arguments.seed
         self.mask, self.longest = self.model.config.mask_token_id, self.model.config.max_position_embeddings
@@ -219,6 +222,7 @@ def main(argv: list[str] | None = None) -> None:
         "num_samples": arguments.num_samples,
         "num_shown": arguments.num_shown,
         "seed": arguments.seed,
+        "dtype": arguments.dtype,
         "parameters": {
             "denoiser": writer.model.denoiser.num_parameters(),
             "ar": writer.model.energy_model.num_parameters(),
