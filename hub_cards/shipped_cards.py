@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 from safetensors import safe_open
 
-from training.evaluate_settings import chosen, label
+from training.evaluate_settings import chosen, kind_of
 
 from .card import ADAPTER, HUB_CARDS, MODEL, TAGS, Card, read_json, read_lines
 
@@ -150,7 +150,7 @@ def settings_facts(settings: dict) -> dict:
     return {
         "passes": settings["arguments"]["passes"],
         "best": settings["chosen"],
-        "at_64": at_64 and {"label": f"T = {at_64['num_steps']}, {label(at_64)}", "judge": at_64["samples"]["judge"]},
+        "at_64": at_64 and {"kind": kind_of(at_64), "judge": at_64["samples"]["judge"]},
         "mdlm_64": plain[0]["samples"]["judge"] if plain else None,
         "temperatures": [
             {"temperature": row["temperature"], "sampler": "EDLM" if row["window"] else "MDLM"}

@@ -46,7 +46,7 @@ class Settings:
     window_high: float
     window_low: float
     shared_completion: bool
-    temperature: float
+    temperature: float = 1.0
     seed: int = 0
     length: int = 0
 

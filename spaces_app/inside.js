@@ -33,15 +33,22 @@ function paint() {
     oninput: (event) => { at = Number(event.target.value); paint(); root.querySelector("input").focus(); },
   });
   root.dataset.step = choice.step;
+  const ess = `Effective number of proposals: ${choice.ess.toFixed(2)}.`;
+  const told = isRevision(choice)
+    ? `The complete text is revised: as it was, or ${plural(choice.energies.length - 1, "new proposal")} for a few of ` +
+      `its tokens (outlined where they differ). ${ess}`
+    : `${plural(choice.energies.length, "proposal")} for ${plural(masked, "masked token")}. The text gets ` +
+      `${plural(now, "token")} (outlined) of the one kept. ${ess}`;
   root.replaceChildren(
     plot(run, choices, choice),
     make("label", { class: "pick" }, make("span", {}, `Step ${choice.step + 1} of ${run.num_steps}, t = ${choice.t.toFixed(3)}`), range),
-    make("p", { class: "status" },
-      `${plural(choice.energies.length, "proposal")} for ${plural(masked, "masked token")}. The text gets ` +
-      `${plural(now, "token")} (outlined) of the one kept. Effective number of proposals: ${choice.ess.toFixed(2)}.`),
+    make("p", { class: "status" }, told),
     make("ol", { class: "candidates" }, ...best.map((i) => candidate(run, choice, i))),
   );
 }
+
+// in a step of the sampler some tokens are masked, so t is above 0
+const isRevision = (choice) => choice.t === 0;
 
 function candidate(run, choice, i) {
   const share = choice.weights[i];
@@ -51,7 +58,8 @@ function candidate(run, choice, i) {
   bar.style.setProperty("--share", share);
   const tokens = choice.candidates === null ? null : choice.candidates[i].map((piece, j) => {
     const step = run.step[j];
-    const kind = run.given[j] ? "given" : step !== null && step < choice.step ? "before" : step === choice.step ? "now" : "away";
+    const differs = isRevision(choice) && choice.candidates.some((other) => other[j] !== piece);
+    const kind = differs ? "now" : run.given[j] ? "given" : step !== null && step < choice.step ? "before" : step === choice.step ? "now" : "away";
     return make("span", { class: piece === null ? "masked" : kind }, piece === null ? "\u00b7" : piece);
   });
   const words = tokens === null
