@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 from safetensors import safe_open
 
-from training.evaluate_settings import chosen, kind_of
+from training.settings import chosen, kind_of
 
 from .card import ADAPTER, HUB_CARDS, MODEL, TAGS, Card, read_json, read_lines
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from modeling_edlm import EDLMConfig, EDLMForCausalLM, EDLMModel
 from modeling_edlm.likelihood import likelihood_terms
-from training import evaluate_settings
+from training import evaluate_settings, settings
 from training.components import pass_cost
 from training.data import character_tokenizer
 from training.judge import Judge, before_end
@@ -67,7 +67,7 @@ def test_the_grid_is_whole(results, root):
     assert results["command"].startswith("python -m training.evaluate_settings") and str(root) in results["command"]
     near = [row for row in results["rows"] if row["window"] and 3 <= row["samples"]["passes"] <= 9]
     assert results["chosen"] == min(near, key=lambda row: row["samples"]["judge"]["mean"])
-    table = evaluate_settings.table(results)
+    table = settings.table(results)
     assert len(table.splitlines()) == 2 + len(results["rows"]) + 3 + 2 + 4 + 1
     assert "MDLM" in table and "k=3, 2 rounds of 1" in table
 

@@ -395,6 +395,13 @@ def run(hub, tmp_path):
     return run
 
 
+def test_a_command_without_models_needs_no_torch():
+    """It takes seconds to import: a wrong argument of a push, or a card, is not to wait for it."""
+    names = "{'torch', 'transformers'} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", f"import sys, hub_cards.push; sys.exit(bool({names}))"], cwd=ROOT)
+    assert done.returncode == 0
+
+
 def test_a_dry_run_asks_no_hub(hub, run, folder):
     done = run("--folder", folder, "--repo", REPO, "--space", "--dry-run")
     assert done.returncode == 0 and done.stdout.endswith("nothing was uploaded\n"), done.stderr

@@ -32,6 +32,7 @@ from .data import DocumentBlocks, PackedTokens, tokenize
 from .judge import Judge, before_end
 from .metrics import LN2, ratio, token_entropy
 from .results import CommaLists, command, machine, read_lines, read_results, write_json, write_whole
+from .settings import chosen, kind_of, label, table
 from .trainer import fingerprint, parse_arguments
 
 NOTES = {
@@ -200,45 +201,6 @@ def entropies(x_BL: torch.Tensor, eos: int | None) -> list[float]:
     return [float(token_entropy(x_L[where_L][None])) for x_L, where_L in zip(x_BL, ends_BL, strict=True)]
 
 
-def chosen(rows: list[dict], passes: float, tolerance: float) -> dict | None:
-    """The row with an energy whose samples the judge finds best, of those that cost about so many passes."""
-    near = [row for row in rows if row["window"] and abs(row["samples"]["passes"] / passes - 1) <= tolerance]
-    return min(near, key=lambda row: row["samples"]["judge"]["mean"], default=None)
-
-
-def label(row: dict) -> str:
-    if row["window"] is None:
-        return "MDLM"
-    if row["corrector"][0]:
-        return f"{row['energy']}, k={row['num_candidates']}, {row['corrector'][0]} rounds of {row['corrector'][1]}"
-    return f"{row['energy']}, k={row['num_candidates']}, t in [{row['window'][1]:g}, {row['window'][0]:g}]"
-
-
-def table(results: dict) -> str:
-    """Markdown: every setting, the cheap ones first."""
-
-    def cell(value: dict, digits: int = 3) -> str:
-        return f"{value['mean']:.{digits}f} +- {value['stderr']:.{digits}f}"
-
-    lines = ["| T | sampler | passes | bits per character, at most | judge's bits per character | known words |"]
-    lines.append("|---:|---|---:|---:|---:|---:|")
-    for row in sorted(results["rows"], key=lambda row: row["samples"]["passes"]):
-        read = row["samples"]
-        cells = (cell(row["bound"]) if row["bound"] else "", cell(read["judge"]), cell(read["known_words"]))
-        lines.append(f"| {row['num_steps']} | {label(row)} | {read['passes']:.0f} | {' | '.join(cells)} |")
-    best = results["chosen"]
-    words = f"T = {best['num_steps']}, {label(best)}" if best else "none costs about so many"
-    lines += ["", f"Best under the judge at about {results['arguments']['passes']:g} passes: {words}", ""]
-    lines.append("| temperature | sampler | judge's bits per character | known words | token entropy |")
-    lines.append("|---:|---|---:|---:|---:|")
-    for row in results["temperatures"]:
-        read = row["samples"]
-        cells = [cell(read[name]) for name in ("judge", "known_words", "entropy")]
-        lines.append(f"| {row['temperature']:g} | {label(row)} | {' | '.join(cells)} |")
-    data = " | ".join(cell(results["data"][name]) for name in ("judge", "known_words", "entropy"))
-    return "\n".join([*lines, f"| | held-out text | {data} |"])
-
-
 def plot(results: dict, path: Path) -> None:
     """The gain in the bound against T, a line for each k and window; judge's bits and known words against passes, a
     point for each setting. Two standard errors.
@@ -277,12 +239,6 @@ def plot(results: dict, path: Path) -> None:
         axes.xaxis.set_major_formatter("{x:g}")
         axes.legend(fontsize="x-small")
     figure.savefig(path, dpi=110, format="png")
-
-
-def kind_of(row: dict) -> str:
-    if row["window"] is None:
-        return "MDLM"
-    return "corrector after them" if row["corrector"][0] else "energy within the steps"
 
 
 def main(argv: list[str] | None = None) -> None:
