@@ -26,7 +26,7 @@ from .backbone import compiled, fixed_weights, rows_at_once, suppress
 from .energy import candidate_energies
 from .proposal import own_positions
 from .sampler import choose, uniforms
-from .schedule import reveal_steps, revision_set, times
+from .schedule import RevealPlan, revision_set, times
 
 REVEAL, CHOICE, SET = -1, -2, -3  # counters of the draws that belong to no step, no position, no candidate
 REVISE = -4  # of the seed of `revise()`: what it draws has nothing to do with how the text was made
@@ -44,6 +44,9 @@ class EDLMGenerationConfig(GenerationConfig):
         shared_completion: whether the candidates of a step differ only in what the step reveals, and share one draw of
             the rest. An extension of the paper, for energies of x0: no candidate is kept for what is thrown away.
         energy_temperature: tau in the importance weights exp(-E / tau).
+        block_length: reveal blocks of so many masked positions one after the other, from left to right, and each in a
+            random order; give a multiple of their number as num_steps, or some steps will belong to two. None: one
+            block, all of it in a random order.
         corrector_steps: rounds of revision after the last step. A round masks a random set of positions that are not
             given, proposes for it, and chooses between the present text and the proposals by the energy. With an AR
             energy it leaves p_AR(text | what is given) as it is, whatever the other values, so that more rounds bring
@@ -79,6 +82,7 @@ class EDLMGenerationConfig(GenerationConfig):
         self.energy_window = kwargs.pop("energy_window", (1.0, 0.8))
         self.shared_completion = kwargs.pop("shared_completion", False)
         self.energy_temperature = kwargs.pop("energy_temperature", 1.0)
+        self.block_length = kwargs.pop("block_length", None)
         self.corrector_steps = kwargs.pop("corrector_steps", 0)
         self.corrector_size = kwargs.pop("corrector_size", 4)
         self.corrector_candidates = kwargs.pop("corrector_candidates", None)
@@ -106,7 +110,8 @@ class EDLMGenerationConfig(GenerationConfig):
         for name in ("num_steps", "num_candidates", "num_return_sequences", "corrector_size"):
             _check_count(name, getattr(self, name))
         _check_count("corrector_steps", self.corrector_steps, least=0)
-        for name in "max_new_tokens max_length corrector_candidates denoiser_batch_size energy_batch_size".split():
+        optional = "max_new_tokens max_length block_length corrector_candidates denoiser_batch_size energy_batch_size"
+        for name in optional.split():
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
         if self.top_k is not None:
@@ -302,18 +307,18 @@ class EDLMGenerationMixin:
         return self.energy_type != "none" and config.do_sample and k > 1
 
     def _denoise(self, run: "Run", config, process, watch) -> None:
-        """The sampling loop. What is revealed when is drawn first, on the CPU: it depends on no token value."""
+        """The sampling loop, over a plan that is drawn first, on the CPU."""
         xt_BL, seed, T, device = run.xt_BL, run.seed, config.num_steps, run.xt_BL.device
         u_BL = uniforms(seed, run.row_B1, REVEAL, run.place_BL, 0)
-        reveal_BL = torch.where(watch.free_BL.cpu(), reveal_steps(u_BL, T), -1)  # -1: given, never touched
+        plan = RevealPlan(u_BL, watch.free_BL.cpu(), T, config.block_length)
         hi, lo = config.energy_window
         energy_acts = config.num_candidates > 1 and self.energy_type != "none" and config.do_sample
         rows_at_a_time = config.denoiser_batch_size or rows_at_once(self.denoiser, xt_BL.shape[1])
 
         for step, (t, s) in enumerate(pairwise(times(T).tolist())):
-            rows_E = ((reveal_BL == step).any(-1) & ~watch.done_B).nonzero()[:, 0]  # others cost nothing
+            rows_E = (plan.sets(step)[2].any(-1) & ~watch.done_B).nonzero()[:, 0]  # others cost nothing
             for rows_N in rows_E.split(rows_at_a_time) if len(rows_E) else ():
-                now_NL, masked_NL = reveal_BL[rows_N] == step, reveal_BL[rows_N] >= step
+                masked_NL, _, now_NL = plan.sets(step, rows_N)
                 on_N = rows_N.to(device, non_blocking=True)
                 state = run.state(xt_BL[on_N], on_N, step, t, s, process)
                 if energy_acts and lo - 1e-9 <= t <= hi + 1e-9:

@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 from .energy import candidate_energies
 from .generation_edlm import EDLMGenerationConfig, check_attention_mask, check_prompt, in_eval_mode
 from .sampler import draw, effective_sample_size, uniforms
-from .schedule import reveal_steps, time_at, times
+from .schedule import RevealPlan
 
 ESTIMATORS = ("sampler", "paper", "mdlm")
 NUM_SUBSETS = 64  # of the pool, averaged over: scalars only, and 64 leave little of their noise
@@ -304,34 +304,18 @@ def log_partition(
     return log_z_N, (log_w_NK - log_z_N[:, None]).exp().std(-1) / math.sqrt(num_samples)
 
 
-def _moments(scored_NL: torch.Tensor, counters: tuple, num_draws: int, num_steps: int | None):
-    """A moment of each row's reveal schedule: just before a random scored position is revealed.
+def _moments(scored_NL: torch.Tensor, counters: tuple, num_draws: int, num_steps: int | None, block_length: int | None):
+    """A moment of each row's plan, drawn as the sampler draws it: see `RevealPlan.moment`.
 
-    The schedule is drawn as the sampler draws it. Draw j of a row lies in the j-th of `num_draws` equal parts of time;
-    from row to row it walks through that part by the golden ratio.
-
-    Returns:
-        t, s (N,) float64, masked and shown (N, L) bool: what is masked in xt, and which of it is revealed next; in
-        continuous time, `num_steps` None, shown is all that is masked.
+    Draw j of a row lies in the j-th of `num_draws` equal parts of time; from row to row it walks through that part by
+    the golden ratio.
     """
     seed, row_N, draw_N = counters
     u_NL = uniforms(seed, REVEAL, row_N[:, None], draw_N[:, None], 0, torch.arange(scored_NL.shape[1]))
     place_N = (uniforms(seed, SHIFT, 0, draw_N, 0, 0) + row_N * GOLDEN) % 1
-    u_picked_N1 = ((draw_N + place_N) / num_draws)[:, None]
-    rank_N1 = (uniforms(seed, PICK, row_N, draw_N, 0, 0) * scored_NL.sum(-1)).long()[:, None] + 1
-    picked_N1 = (scored_NL.cumsum(-1) == rank_N1).long().argmax(-1, keepdim=True)
-    u_NL = u_NL.scatter(1, picked_N1, u_picked_N1)
-    if num_steps is None:
-        masked_NL, t_N = scored_NL & (u_NL >= u_picked_N1), time_at(u_picked_N1[:, 0])
-        return t_N, t_N, masked_NL, masked_NL
-    step_NL, grid = reveal_steps(u_NL, num_steps), times(num_steps)
-    step_N1 = step_NL.gather(1, picked_N1)
-    return (
-        grid[step_N1[:, 0]],
-        grid[step_N1[:, 0] + 1],
-        scored_NL & (step_NL >= step_N1),
-        scored_NL & (step_NL == step_N1),
-    )
+    v_N1 = ((draw_N + place_N) / num_draws)[:, None]
+    u_picked_N1 = uniforms(seed, PICK, row_N, draw_N, 0, 0)[:, None]
+    return RevealPlan(u_NL, scored_NL, num_steps, block_length).moment(v_N1, u_picked_N1)
 
 
 def _weigh(model, x0_NL, attention_mask, moments: tuple, counts: tuple, counters: tuple, energy_batch_size):

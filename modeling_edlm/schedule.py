@@ -17,11 +17,6 @@ def time_at(alpha_t: torch.Tensor) -> torch.Tensor:
     return 1.0 - alpha_t
 
 
-def dalpha(t: torch.Tensor) -> torch.Tensor:
-    """Derivative of `alpha` with respect to t."""
-    return -torch.ones_like(t)
-
-
 def conditioning(t: torch.Tensor) -> torch.Tensor:
     """What a time-conditioned network is fed for t: the total noise of MDLM, finite at t=1."""
     return -torch.log1p(-(1 - 1e-3) * t)
@@ -52,20 +47,86 @@ def q_sample(x0_BL: torch.Tensor, t_B: torch.Tensor, u_BL: torch.Tensor, mask_to
     return torch.where(u_BL < alpha(t_B)[:, None], x0_BL, mask_token_id)
 
 
-def reveal_steps(u_BL: torch.Tensor, num_steps: int) -> torch.Tensor:
-    """The step at which each masked position is revealed: P(step = i) = alpha(t_{i+1}) - alpha(t_i).
+def reveal_steps(v_BL: torch.Tensor, num_steps: int) -> torch.Tensor:
+    """The step in which the time 1 - v lies: P(step = i) = alpha(t_{i+1}) - alpha(t_i) for a uniform v in [0, 1)."""
+    alpha_s_T = alpha(times(num_steps)[1:]).to(v_BL)
+    return torch.searchsorted(alpha_s_T, v_BL, right=True).clamp_(max=num_steps - 1)
 
-    Under absorbing noise this step does not depend on any token value, so it is drawn before the sampling loop. A
-    position still masked at step i is then revealed at it with probability (alpha(s) - alpha(t)) / (1 - alpha(t)),
-    the posterior of MDLM (arXiv 2406.07524), and the last step reveals all that is left.
+
+class RevealPlan:
+    """Which position is revealed at which step, drawn before the sampling loop: under absorbing noise it depends on no
+    token value.
+
+    A position that is still masked at step i is revealed at it with probability (alpha(s) - alpha(t)) / (1 - alpha(t)),
+    the posterior of MDLM (arXiv 2406.07524), and the last step reveals all that is left. With blocks (block diffusion,
+    arXiv 2503.09573) each has the part of time that is its share of the free positions, from left to right, and the
+    same posterior within it; a step may belong to two blocks, unless there is a whole number of steps for each.
 
     Args:
-        u_BL: uniforms in [0, 1).
-    Returns:
-        (B, L) int64 in [0, num_steps).
+        u_BL: uniforms in [0, 1), on the CPU. free_BL: bool, what is to be revealed.
+        num_steps: T. None: continuous time, which has moments and no steps.
+        block_length: free positions of a block; None: all are one.
+
+    Attributes:
+        v_BL: 1 - the time at which a free position is revealed. step_BL: its step in [0, T), -1 where nothing is free.
     """
-    alpha_s_T = alpha(times(num_steps)[1:]).to(u_BL)
-    return torch.searchsorted(alpha_s_T, u_BL, right=True).clamp_(max=num_steps - 1)
+
+    def __init__(
+        self, u_BL: torch.Tensor, free_BL: torch.Tensor, num_steps: int | None, block_length: int | None = None
+    ):
+        self.free_BL, self.num_steps, self.block_length = free_BL, num_steps, block_length
+        self.v_BL = u_BL
+        if block_length is not None:
+            start_BL, size_BL = self.block(free_BL.long().cumsum(-1) - 1)
+            self.v_BL = (start_BL + u_BL * size_BL) / self.num_free_B1
+        self._find_steps()
+
+    def _find_steps(self) -> None:
+        if self.num_steps is not None:
+            self.step_BL = reveal_steps(self.v_BL, self.num_steps).masked_fill(~self.free_BL, -1)
+
+    @property
+    def num_free_B1(self) -> torch.Tensor:
+        return self.free_BL.sum(-1, keepdim=True)
+
+    def block(self, rank_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """First rank and number of the free positions in the block of each rank, counted over the free positions."""
+        if self.block_length is None:
+            return torch.zeros_like(rank_BL), self.num_free_B1.expand_as(rank_BL)
+        start_BL = rank_BL.div(self.block_length, rounding_mode="floor") * self.block_length
+        return start_BL, (self.num_free_B1 - start_BL).clamp(max=self.block_length)
+
+    def sets(
+        self, step: int | torch.Tensor, rows_N: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What is masked before a step, an integer or (N, 1), what of it after it too, and what it reveals, (N, L) bool."""
+        step_NL = self.step_BL if rows_N is None else self.step_BL[rows_N]
+        return step_NL >= step, step_NL > step, step_NL == step
+
+    def moment(self, v_B1: torch.Tensor, u_B1: torch.Tensor):
+        """The state just before a random free position is revealed, at time 1 - v: where the plan had another time for
+        it, it is changed.
+
+        Args:
+            v_B1: uniforms in [0, 1): the block is the one whose time this is. u_B1: uniforms, the position in it.
+        Returns:
+            t, s (B,) float64, and (B, L) bool: what is masked; what is revealed next (in continuous time: any of it
+            may be); and what else could have been, with the same probability.
+        """
+        start_B1, size_B1 = self.block(torch.minimum((v_B1 * self.num_free_B1).long(), self.num_free_B1 - 1))
+        rank_B1 = start_B1 + (u_B1 * size_B1).long()
+        picked_B1 = (self.free_BL.cumsum(-1) == rank_B1 + 1).long().argmax(-1, keepdim=True)
+        self.v_BL = self.v_BL.scatter(1, picked_B1, v_B1)
+        self._find_steps()
+        if self.num_steps is None:
+            rank_BL = self.free_BL.long().cumsum(-1) - 1
+            hidden_BL, t_B = self.free_BL & (self.v_BL >= v_B1), time_at(v_B1[:, 0])
+            shown_BL = hidden_BL & (rank_BL < start_B1 + size_B1)
+            return t_B, t_B, hidden_BL, shown_BL, shown_BL
+        step_B1, grid = self.step_BL.gather(1, picked_B1), times(self.num_steps)
+        hidden_BL, _, shown_BL = self.sets(step_B1)
+        alike_BL = hidden_BL if self.block_length is None else shown_BL
+        return grid[step_B1[:, 0]], grid[step_B1[:, 0] + 1], hidden_BL, shown_BL, alike_BL
 
 
 def revision_set(u_BL: torch.Tensor, free_BL: torch.Tensor, size: int) -> torch.Tensor:
