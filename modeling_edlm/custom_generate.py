@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from .backbone import position_chunks, suppress
-from .energy import causal_log_prob
+from .energies import FunctionEnergy, check_vocabulary, network_energy
 from .generation_edlm import EDLMGenerationConfig, EDLMGenerationMixin, EDLMGenerationOutput, own_config
 from .proposal import ProposalMixin
 
@@ -169,55 +169,28 @@ class Sampler(nn.Module, EDLMGenerationMixin):
         self.generation_config = EDLMGenerationConfig()
         if model.config.model_type == "edlm":
             self.generation_config = own_config(model.generation_config)
-        self.energy_type = kind_of(energy)
-        self.function = energy if self.energy_type == "function" else None
-        self.energy_model = energy if self.energy_type in ("ar", "nce") else self.denoiser  # how many rows fit
-        if energy_type is not None and (self.energy_type != "ar" or energy_type not in ("ar", "coar")):
+        kind = kind_of(energy)
+        if energy_type is not None and (kind != "ar" or energy_type not in ("ar", "coar")):
             raise ValueError(f"energy_type is ar or coar and for a causal language model, got {energy_type!r}")
-        if energy_target is not None and (self.energy_type != "function" or energy_target not in ("x0", "xs")):
+        if energy_target is not None and (kind != "function" or energy_target not in ("x0", "xs")):
             raise ValueError(f"energy_target is x0 or xs and for a function, got {energy_target!r}")
-        self.config.energy_target = energy_target or "x0"
-        if self.energy_type in ("ar", "nce"):
-            self.check_vocabulary(energy)
-        if self.energy_type == "ar":
-            self.energy_type = energy_type or "ar"
-        elif self.energy_type == "nce":
-            self.config.energy_target = energy.config.energy_target
+        self.energy_model = energy if kind in ("ar", "nce") else None
+        if kind == "function":
+            self.scorer = FunctionEnergy(energy, energy_target or "x0", self.denoiser)
+        else:
+            if energy is not None:
+                check_vocabulary(self.config.vocab_size, self.config.mask_token_id, energy.config)
+            kind = energy_type or kind
+            self.scorer = network_energy(kind, energy, self.config.mask_token_id)
+        self.energy_type, self.config.energy_target = kind, self.scorer.target if self.scorer else "x0"
 
     @property
     def device(self) -> torch.device:
         return self.denoiser.device
 
-    def check_vocabulary(self, energy) -> None:
-        """Token ids must mean the same; an energy may lack the mask token if it is the last id."""
-        ours, theirs = self.config, energy.config.get_text_config()
-        fits = theirs.vocab_size == ours.vocab_size
-        if energy.config.model_type == "edlm":
-            fits = fits and theirs.mask_token_id == ours.mask_token_id
-        elif theirs.vocab_size == ours.vocab_size - 1:
-            fits = ours.mask_token_id == theirs.vocab_size
-        if not fits:
-            raise ValueError(
-                f"energy has vocab_size {theirs.vocab_size}, the model has {ours.vocab_size} with mask_token_id "
-                f"{ours.mask_token_id}: both must use the same tokenizer"
-            )
-        if self.energy_type == "ar" and getattr(theirs, "bos_token_id", None) is None:
-            raise ValueError(f"energy ({theirs.model_type}) has bos_token_id None: set the id that starts its texts")
-
     def energy(self, x, xt, t=None, attention_mask=None, log_mu=None) -> torch.Tensor:
         """Energies (N,) float32 of candidates x (N, L) of the states xt, as those of `EDLMModel`."""
-        if self.energy_type == "function":
-            energy_N = self.function(x, xt, t, attention_mask, log_mu)
-            if not isinstance(energy_N, torch.Tensor) or energy_N.shape != log_mu.shape:
-                what = getattr(energy_N, "shape", type(energy_N).__name__)
-                raise ValueError(f"energy must give a tensor {tuple(log_mu.shape)}, one for each candidate, got {what}")
-            return energy_N.float()
-        if self.energy_type == "nce":
-            return self.energy_model(x, xt=xt, t=t, attention_mask=attention_mask).logits[:, 0]
-        mask = self.config.mask_token_id
-        is_counted_NL = xt == mask if self.energy_type == "coar" else torch.ones_like(xt, dtype=torch.bool)
-        bos = self.energy_model.config.get_text_config().bos_token_id
-        return log_mu - causal_log_prob(self.energy_model, x, is_counted_NL, bos, mask, attention_mask)
+        return self.scorer(x, xt, t, attention_mask, log_mu)
 
 
 def kind_of(energy) -> str:

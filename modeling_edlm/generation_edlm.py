@@ -1,34 +1,21 @@
-"""generate(): where schedule, denoiser and energy meet (EDLM, arXiv 2410.21357, Algorithm 1).
+"""generate() and revise(): arguments, the canvas, and who looks on while the sampler works (EDLM, arXiv 2410.21357).
 
 Shapes: B rows of the output, N rows stepped now, K candidates, L length, T steps, V vocabulary, M selected positions
 (flat in N * L).
 """
 
 import copy
-import inspect
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
-from .backbone import compiled, fixed_weights, rows_at_once, suppress
-from .energy import candidate_energies
-from .proposal import own_positions
-from .sampler import choose, uniforms
-from .schedule import RevealPlan, revision_set, times
+from .backbone import compiled, fixed_weights
+from .draws import uniforms
+from .sampler import LogitsProcess, Run, denoise, in_eval_mode, revise
 
-REVEAL, CHOICE, SET = -1, -2, -3  # counters of the draws that belong to no step, no position, no candidate
 REVISE = -4  # of the seed of `revise()`: what it draws has nothing to do with how the text was made
 
 
@@ -158,6 +145,22 @@ def own_config(config: GenerationConfig) -> EDLMGenerationConfig:
     return EDLMGenerationConfig(**{name: value for name, value in config.to_dict().items() if value is not None})
 
 
+def prepare_config(model, generation_config, changes: dict, name: str = "generate") -> EDLMGenerationConfig:
+    """The configuration of a call: the one given or the model's own, with changes; ValueError for what does not fit."""
+    config = own_config(model.generation_config if generation_config is None else generation_config)
+    if changes.get("max_length") or changes.get("max_new_tokens"):  # the caller's wish beats either default
+        config.max_length = config.max_new_tokens = None
+    allowed = config.__dict__.keys() - {"transformers_version", "bos_token_id"}
+    if unknown := sorted(n for n in changes if n not in allowed or n.startswith("_")):
+        raise ValueError(f"{name}() has no argument {unknown}")
+    config.__dict__.update(changes)
+    config.validate()
+    for i in config.eos_token_ids + ([] if config.pad_token_id is None else [config.pad_token_id]):
+        if i >= model.config.vocab_size or i == model.config.mask_token_id:
+            raise ValueError(f"eos_token_id and pad_token_id must be tokens of the vocabulary, got {i}")
+    return config
+
+
 @dataclass
 class EDLMGenerationOutput(ModelOutput):
     """
@@ -181,7 +184,7 @@ class EDLMGenerationOutput(ModelOutput):
 
 
 class EDLMGenerationMixin:
-    """`generate()` for a class with a `denoiser`, an `energy_type` and, unless that is "none", `energy()`."""
+    """`generate()` for a class with a `denoiser`, `energy()` and a `scorer`, see sampler.py."""
 
     @torch.no_grad()
     def generate(
@@ -225,20 +228,18 @@ class EDLMGenerationMixin:
             ValueError: an argument that does not exist or does not fit, named with its value.
             FloatingPointError: a network gave NaN, or no candidate of a row a finite energy.
         """
-        config = self._prepare_config(generation_config, kwargs)
+        config = prepare_config(self, generation_config, kwargs)
         _check_count("batch_size", batch_size)
         seed = 0 if seed is None and generator is None and not config.do_sample else choose_seed(seed, generator)
         xt_BL, attention_mask = self._canvas(input_ids, attention_mask, config, batch_size)
         rounds = config.corrector_steps if self._revises(config) and config.num_candidates > 1 else 0
         run = Run(xt_BL, attention_mask, seed, first_row, config.num_steps + rounds)
         watch = Watch(self, run, config, stopping_criteria, streamer, callback_on_step_end, not rounds)
-        process = logits_process(config, logits_processor, self.config.mask_token_id)
+        process = LogitsProcess.of(config, logits_processor, self.config.mask_token_id)
         with in_eval_mode(self), fixed_weights(), compiled(config.compile):
-            self._denoise(run, config, process, watch)
-            self._revise(run, config, process, watch, range(config.num_steps, config.num_steps + rounds))
+            denoise(self, run, config, process, watch)
+            revise(self, run, config, process, watch, range(config.num_steps, config.num_steps + rounds))
         return self._output(run, config, watch)
-
-    diffusion_generate = generate
 
     @torch.no_grad()
     def revise(
@@ -268,8 +269,8 @@ class EDLMGenerationMixin:
             ValueError: an argument that does not exist or does not fit, named with its value; no energy to revise by.
             FloatingPointError: a network gave NaN.
         """
-        config = self._prepare_config(generation_config, kwargs)
-        if self.energy_type == "none":
+        config = prepare_config(self, generation_config, kwargs)
+        if self.scorer is None:
             raise ValueError("revise() needs an energy, this model has energy_type='none'")
         _check_count("corrector_steps", config.corrector_steps)
         check_prompt(input_ids, self.config.vocab_size)
@@ -287,13 +288,13 @@ class EDLMGenerationMixin:
         seed = int(uniforms(choose_seed(seed, generator), REVISE) * 2**52)
         run = Run(*repeated[:2], seed, first_row, config.corrector_steps)
         watch = Watch(self, run, config, stopping_criteria, streamer, callback_on_step_end, False, repeated[2])
-        process = logits_process(config, logits_processor, self.config.mask_token_id)
+        process = LogitsProcess.of(config, logits_processor, self.config.mask_token_id)
         rounds = range(config.corrector_steps if self._revises(config) else 0)
         with in_eval_mode(self), fixed_weights(), compiled(config.compile):
-            self._revise(run, config, process, watch, rounds)
+            revise(self, run, config, process, watch, rounds)
         return self._output(run, config, watch)
 
-    def _output(self, run: "Run", config, watch) -> EDLMGenerationOutput | torch.LongTensor:
+    def _output(self, run: Run, config, watch) -> EDLMGenerationOutput | torch.LongTensor:
         run.health.check()  # before the streamer hears that all is well
         sequences_BL = watch.end()
         if not config.return_dict_in_generate:
@@ -304,117 +305,7 @@ class EDLMGenerationMixin:
 
     def _revises(self, config) -> bool:
         k = config.corrector_candidates or config.num_candidates
-        return self.energy_type != "none" and config.do_sample and k > 1
-
-    def _denoise(self, run: "Run", config, process, watch) -> None:
-        """The sampling loop, over a plan that is drawn first, on the CPU."""
-        xt_BL, seed, T, device = run.xt_BL, run.seed, config.num_steps, run.xt_BL.device
-        u_BL = uniforms(seed, run.row_B1, REVEAL, run.place_BL, 0)
-        plan = RevealPlan(u_BL, watch.free_BL.cpu(), T, config.block_length)
-        hi, lo = config.energy_window
-        energy_acts = config.num_candidates > 1 and self.energy_type != "none" and config.do_sample
-        rows_at_a_time = config.denoiser_batch_size or rows_at_once(self.denoiser, xt_BL.shape[1])
-
-        for step, (t, s) in enumerate(pairwise(times(T).tolist())):
-            rows_E = (plan.sets(step)[2].any(-1) & ~watch.done_B).nonzero()[:, 0]  # others cost nothing
-            for rows_N in rows_E.split(rows_at_a_time) if len(rows_E) else ():
-                masked_NL, _, now_NL = plan.sets(step, rows_N)
-                on_N = rows_N.to(device, non_blocking=True)
-                state = run.state(xt_BL[on_N], on_N, step, t, s, process)
-                if energy_acts and lo - 1e-9 <= t <= hi + 1e-9:
-                    x_NKL, energy_NK, scored_N = self._score(state, now_NL, masked_NL, config)
-                    x_NL, _ = run.keep(state, x_NKL, energy_NK, scored_N, config.energy_temperature, watch)
-                else:
-                    x_NL = self._propose(state, now_NL, 1, config)[0][:, 0]
-                xt_BL[on_N] = torch.where(now_NL.to(device, non_blocking=True), x_NL, state.xt_NL)
-                run.nfe_B[on_N] += 1
-            if watch.step_end(step, t):
-                break
-
-    def _revise(self, run: "Run", config, process, watch, rounds: range) -> None:
-        """Rounds of the corrector: the present tokens of a random set against draws for it, chosen between by energy.
-
-        Iterated sampling importance resampling (Andrieu, Lee and Vihola 2018, arXiv 1312.5301). The set depends on no
-        token value; of an AR energy the present text's part is known from the round before.
-        """
-        xt_BL, device = run.xt_BL, run.xt_BL.device
-        free_BL, K = watch.free_BL.cpu(), config.corrector_candidates or config.num_candidates
-        is_ar, is_x0 = self.energy_type == "ar", self.config.energy_target == "x0"
-        score_B = torch.full((len(xt_BL),), float("nan"), device=device)  # -log p_AR of the present texts
-        rows_at_a_time = config.denoiser_batch_size or rows_at_once(self.denoiser, xt_BL.shape[1])
-
-        for step in rounds:
-            u_BL = uniforms(run.seed, run.row_B1, step, run.place_BL, SET)
-            set_BL = revision_set(u_BL, free_BL, config.corrector_size)
-            rows_E = (set_BL.any(-1) & ~watch.done_B).nonzero()[:, 0]
-            for rows_N in rows_E.split(rows_at_a_time) if len(rows_E) else ():
-                set_NL, on_N = set_BL[rows_N], rows_N.to(device, non_blocking=True)
-                present_NL, is_set_NL = xt_BL[on_N], set_NL.to(device, non_blocking=True)
-                t_N = is_set_NL.sum(-1) / run.length_B[on_N]
-                xt_NL = present_NL.masked_fill(is_set_NL, self.config.mask_token_id)
-                state = run.state(xt_NL, on_N, step, t_N, 0.0, process)
-                x_NKL, log_mu_NK = self._propose(state, set_NL, K, config, present_NL=present_NL)
-                if is_ar:
-                    known = 0 if step == rounds.start else 1
-                    nothing_NK = torch.zeros_like(log_mu_NK[:, known:])
-                    score_NK, scored_N = self._energies(state, x_NKL[:, known:], t_N, nothing_NK, config)
-                    score_NK = torch.cat((score_B[on_N, None][:, :known], score_NK), dim=1)
-                    energy_NK = log_mu_NK + score_NK
-                else:
-                    energy_NK, scored_N = self._energies(state, x_NKL, t_N if is_x0 else 0.0, log_mu_NK, config)
-                energy_NK = stay_if_stuck(energy_NK)
-                x_NL, kept_N = run.keep(state, x_NKL, energy_NK, scored_N, config.energy_temperature, watch)
-                if is_ar:
-                    score_B[on_N] = score_NK.gather(1, kept_N[:, None])[:, 0]
-                xt_BL[on_N] = x_NL
-                run.nfe_B[on_N] += 1
-                run.rounds_B[on_N] += 1
-                run.changed_B[on_N] += (x_NL != present_NL).any(-1)
-            if watch.step_end(step, 0.0):
-                break
-
-    def _score(self, state: "State", now_NL, masked_NL, config):
-        """K candidates (N, K, L), their energies (N, K), and how many different ones there were (N,)."""
-        is_x0 = self.config.energy_target == "x0"  # a step energy sees only what this step reveals
-        varied_NL = now_NL if config.shared_completion else None
-        where_NL = masked_NL if is_x0 else now_NL
-        x_NKL, log_mu_NK = self._propose(state, where_NL, config.num_candidates, config, varied_NL)
-        return x_NKL, *self._energies(state, x_NKL, state.t if is_x0 else state.s, log_mu_NK, config)
-
-    def _energies(self, state: "State", x_NKL, time, log_mu_NK, config):
-        at_a_time = config.energy_batch_size or rows_at_once(self.energy_model, x_NKL.shape[-1])
-        return candidate_energies(self.energy, x_NKL, state.xt_NL, time, log_mu_NK, state.attention_mask, at_a_time)
-
-    def _propose(self, state: "State", where_NL: torch.Tensor, K: int, config, varied_NL=None, present_NL=None):
-        counters = state.seed, state.rows_N, state.step
-        x_NKL, log_mu_NK = self.denoiser.propose(
-            state.xt_NL,
-            where_NL,
-            K,
-            *counters,
-            state.t,
-            state.attention_mask,
-            varied_NL,
-            state.process and (lambda *args: state.process(state.step, *args)),
-            config.do_sample,
-            present_NL,
-        )
-        state.health.note("logits", log_mu_NK.isnan().any(), state.step)
-        return x_NKL, log_mu_NK
-
-    def _prepare_config(self, generation_config, changes: dict) -> EDLMGenerationConfig:
-        config = own_config(self.generation_config if generation_config is None else generation_config)
-        if changes.get("max_length") or changes.get("max_new_tokens"):  # the caller's wish beats either default
-            config.max_length = config.max_new_tokens = None
-        allowed = config.__dict__.keys() - {"transformers_version", "bos_token_id"}
-        if unknown := sorted(name for name in changes if name not in allowed or name.startswith("_")):
-            raise ValueError(f"generate() has no argument {unknown}")
-        config.__dict__.update(changes)
-        config.validate()
-        for i in config.eos_token_ids + ([] if config.pad_token_id is None else [config.pad_token_id]):
-            if i >= self.config.vocab_size or i == self.config.mask_token_id:
-                raise ValueError(f"eos_token_id and pad_token_id must be tokens of the vocabulary, got {i}")
-        return config
+        return self.scorer is not None and config.do_sample and k > 1
 
     def _canvas(self, input_ids, attention_mask, config, batch_size):
         """The start: prompts, each with masks after it; and the attention mask, None without padding."""
@@ -494,60 +385,6 @@ class EDLMGenerationMixin:
             self.generation_config = self.generation_config_class()
 
 
-@dataclass
-class State:
-    """The rows stepped now: xt and attention mask (N, L), their numbers (N,), step, times t > s, seed."""
-
-    xt_NL: torch.Tensor
-    attention_mask: torch.Tensor | None
-    rows_N: torch.Tensor
-    step: int
-    t: float | torch.Tensor
-    s: float
-    seed: int
-    process: Callable | None
-    health: "Health"
-
-
-class Run:
-    """The canvas of one call, the counters of its draws, and what is counted while it is filled and revised."""
-
-    def __init__(self, xt_BL, attention_mask, seed: int, first_row: int, num_steps: int):
-        (B, L), device = xt_BL.shape, xt_BL.device
-        self.xt_BL, self.attention_mask, self.seed, self.first_row = xt_BL, attention_mask, seed, first_row
-        self.row_B1 = torch.arange(first_row, first_row + B)[:, None]
-        self.place_BL = own_positions(xt_BL, attention_mask).cpu()
-        self.length_B = xt_BL.new_full((B,), L) if attention_mask is None else attention_mask.sum(-1)
-        self.nfe_B, self.energy_nfe_B, self.rounds_B, self.changed_B = xt_BL.new_zeros(4, B)
-        self.energies_BT, self.ess_BT = torch.full((2, B, num_steps), float("nan"), device=device)
-        self.health = Health(num_steps, device)
-
-    def state(self, xt_NL, on_N, step: int, t, s: float, process) -> State:
-        mask_NL = None if self.attention_mask is None else self.attention_mask[on_N]
-        return State(xt_NL, mask_NL, on_N + self.first_row, step, t, s, self.seed, process, self.health)
-
-    def keep(self, state: State, x_NKL, energy_NK, scored_N, energy_temperature: float, watch: "Watch"):
-        """One candidate (N, L) of each row by its energy, and which of the K it is (N,)."""
-        on_N, step = state.rows_N - self.first_row, state.step
-        kept_N, ess_N = choose(energy_NK, energy_temperature, uniforms(self.seed, state.rows_N, step, CHOICE, 0))
-        n = torch.arange(len(on_N), device=on_N.device)
-        self.energies_BT[on_N, step], self.ess_BT[on_N, step] = energy_NK[n, kept_N], ess_N
-        self.energy_nfe_B[on_N] += scored_N
-        self.health.note("energies", energy_NK.isnan().any() | ess_N.isnan().any(), step)
-        watch.choice(on_N, x_NKL, energy_NK, kept_N)
-        return x_NKL[n, kept_N], kept_N
-
-
-def stay_if_stuck(energy_NK: torch.Tensor) -> torch.Tensor:
-    """Energies by which a row keeps its present text, the first candidate, where there is no other choice: the proposal
-    cannot give it (top_k or top_p cut it away, its weight is infinite), or no candidate has any weight.
-    """
-    is_stuck_N1 = (energy_NK[:, :1] == -torch.inf) | (energy_NK == torch.inf).all(-1, keepdim=True)
-    stay_NK = torch.full_like(energy_NK, torch.inf)
-    stay_NK[:, 0] = 0
-    return torch.where(is_stuck_N1, stay_NK, energy_NK)
-
-
 class Watch:
     """What looks on while a canvas is filled, and says which rows are done: EOS, stopping criteria, streamer, callback.
 
@@ -611,57 +448,6 @@ class Watch:
             self.streamer.put(self.xt_BL[:, self.start :].cpu())
             self.streamer.end()
         return self.xt_BL
-
-
-def logits_process(config: EDLMGenerationConfig, logits_processor, mask_token_id: int) -> Callable | None:
-    """One function `(step, states (M, L), logits (M, V), positions (M,))` to logits of everything that changes them."""
-    processors = list(LogitsProcessorList(logits_processor or ()))
-    if config.do_sample:
-        processors += [TemperatureLogitsWarper(float(config.temperature))] if config.temperature != 1 else []
-        processors += [TopKLogitsWarper(config.top_k)] if config.top_k else []
-        processors += [TopPLogitsWarper(float(config.top_p))] if config.top_p not in (None, 1) else []
-    if not processors:
-        return None
-
-    def process(step, states_ML, logits_MV, positions_M):
-        offered = {"cur_step": step, "positions": positions_M}
-        for processor in processors:
-            wanted = inspect.signature(processor).parameters
-            extra = {name: value for name, value in offered.items() if name in wanted}
-            logits_MV = processor(states_ML, logits_MV, **extra)
-        return suppress(logits_MV, mask_token_id)
-
-    return process
-
-
-class Health:
-    """The first step at which something was NaN, kept on the device and read once, at the end."""
-
-    def __init__(self, num_steps: int, device: torch.device):
-        self.num_steps = num_steps
-        self.first = {name: torch.full((), num_steps, device=device) for name in ("logits", "energies")}
-
-    def note(self, name: str, is_bad: torch.Tensor, step: int) -> None:
-        self.first[name] = torch.where(is_bad, self.first[name].clamp(max=step), self.first[name])
-
-    def check(self) -> None:
-        for name, step in self.first.items():
-            if (step := int(step)) < self.num_steps:
-                what = "NaN" if name == "logits" else "NaN, or no finite value for any candidate of a row"
-                raise FloatingPointError(f"{name} hold {what}, first at step {step} of {self.num_steps}")
-
-
-@contextmanager
-def in_eval_mode(model: torch.nn.Module):
-    """Dropout off, and every module's own flag back at the end."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def choose_seed(seed: int | None, generator: torch.Generator | None) -> int:

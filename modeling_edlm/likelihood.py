@@ -15,15 +15,18 @@ each completion), R random subsets, C settings.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 
-from .energy import candidate_energies
-from .generation_edlm import EDLMGenerationConfig, check_attention_mask, check_prompt, in_eval_mode
-from .sampler import draw, effective_sample_size, uniforms
+from .backbone import rows_at_once
+from .draws import effective_sample_size, uniforms
+from .generation_edlm import EDLMGenerationConfig, check_attention_mask, check_prompt, prepare_config
+from .proposal import Columns, own_positions
+from .sampler import LogitsProcess, State, energy_acts, in_eval_mode, propose, weigh
 from .schedule import RevealPlan
 
 ESTIMATORS = ("sampler", "paper", "mdlm")
@@ -69,53 +72,62 @@ class EDLMLikelihoodOutput(ModelOutput):
 
 
 class EDLMLikelihoodMixin:
-    """`likelihood()` for a class with a `denoiser`, an `energy_type` and, unless that is "none", an `energy`."""
+    """`likelihood()` for a class with a `denoiser`, `energy()` and a `scorer`, see sampler.py."""
 
     def likelihood(
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
-        estimator: str = "sampler",
+        generation_config: GenerationConfig | None = None,
         *,
+        estimator: str = "sampler",
         prompt_mask: torch.Tensor | None = None,
-        num_steps: int = 128,
-        num_candidates: int = 8,
-        energy_window: tuple[float, float] = (1.0, 0.8),
-        energy_temperature: float = 1.0,
-        shared_completion: bool = False,
         num_samples: int = 1,
         num_times: int = 32,
         seed: int = 0,
         first_row: int = 0,
-        batch_size: int = 32,
-        energy_batch_size: int = 64,
+        logits_processor: list[Callable] | None = None,
+        **kwargs,
     ) -> EDLMLikelihoodOutput:
         """Estimate the negative log-likelihood of texts, in nats, each with its standard error.
 
         Estimators (EDLM is arXiv 2410.21357, MDLM arXiv 2406.07524):
-            "sampler": an upper bound on -log p(x0) of `generate()` with these `num_steps`, `num_candidates`, window,
-                energy temperature and completions, valid for all of them; with one candidate, the bound of MDLM at that
-                many steps.
+            "sampler": an upper bound on -log p(x0) of `generate()` with the same configuration and processors, valid
+                for every number of steps and candidates; with one candidate, the bound of MDLM at that many steps.
             "mdlm": the denoiser's bound in continuous time, the limit of many steps without an energy.
             "paper": the published form, (1/t)(-log mu(x0|xt) + E(x0) + log Z). It is NOT an upper bound unless the law
                 of the denoiser factorises, and for coAR energies it is the AR model's own NLL by construction.
 
         Args:
-            input_ids: (B, L) texts without mask tokens. attention_mask: (B, L), 0 for padding on the left.
+            input_ids: (B, L) texts without mask tokens. attention_mask: (B, L), 0 for padding around the text.
+            generation_config: what `generate()` takes; keyword arguments change single fields. Default: for "sampler"
+                the model's own, for the others one that leaves the proposal as it is.
             prompt_mask: (B, L), true for tokens that are given: they are not scored.
             num_samples: inner samples. For "sampler", completions of the data's candidate (a step energy needs none)
                 and at least as many other candidates (with a shared completion, `num_candidates` for each of them):
                 more tighten the bound. For "paper", at least 2 for log Z.
             num_times: draws of (t, xt) for each row, stratified over time.
             seed, first_row: fix the draws of each row by its number, whatever the batch.
-            batch_size: states in one pass of the denoiser. energy_batch_size: candidates in one of the energy.
+            logits_processor: as in `generate()`. What forbids a token of the text makes its bound infinite.
         Raises:
-            ValueError: an argument that does not fit, named with its value.
+            ValueError: an argument that does not fit, named with its value; a corrector, or greedy decoding, which have
+                no bound.
             FloatingPointError: a result is NaN.
         """
-        arguments = locals()
-        del arguments["self"], arguments["input_ids"], arguments["num_candidates"], arguments["energy_temperature"]
-        terms = likelihood_terms(self, input_ids, settings=[(num_candidates, energy_temperature)], **arguments)
+        terms = likelihood_terms(
+            self,
+            input_ids,
+            attention_mask,
+            generation_config,
+            estimator=estimator,
+            prompt_mask=prompt_mask,
+            num_samples=num_samples,
+            num_times=num_times,
+            seed=seed,
+            first_row=first_row,
+            logits_processor=logits_processor,
+            **kwargs,
+        )
         output = EDLMLikelihoodOutput(*mean_and_stderr(terms.nll_BJC[..., 0]), terms.num_tokens_B)
         if estimator == "sampler":
             output.gain, output.gain_stderr = mean_and_stderr(terms.mdlm_BJ - terms.nll_BJC[..., 0])
@@ -146,65 +158,72 @@ def likelihood_terms(
     model,
     input_ids: torch.LongTensor,
     attention_mask: torch.Tensor | None = None,
-    estimator: str = "sampler",
+    generation_config: GenerationConfig | None = None,
     *,
-    settings: Sequence[tuple[int, float]] = ((8, 1.0),),
+    estimator: str = "sampler",
+    settings: Sequence[tuple[int, float]] | None = None,
     prompt_mask: torch.Tensor | None = None,
-    num_steps: int = 128,
-    energy_window: tuple[float, float] = (1.0, 0.8),
-    shared_completion: bool = False,
     num_samples: int = 1,
     num_times: int = 32,
     seed: int = 0,
     first_row: int = 0,
-    batch_size: int = 32,
-    energy_batch_size: int = 64,
+    logits_processor: list[Callable] | None = None,
+    **kwargs,
 ) -> LikelihoodTerms:
     """What `EDLMLikelihoodMixin.likelihood` averages, for several (num_candidates, energy_temperature) at once.
 
     They share all draws, so that their differences are nearly free of noise, and the energies of the largest k are
-    the cost of all.
+    the cost of all. `settings` None: those of the configuration alone.
     """
-    _check(model, estimator, settings, num_steps, energy_window, num_samples, num_times, batch_size, energy_batch_size)
+    is_sampler = estimator == "sampler"
+    if generation_config is None and not is_sampler:
+        generation_config = EDLMGenerationConfig()
+    config = prepare_config(model, generation_config, kwargs, "likelihood")
+    settings = [(config.num_candidates, config.energy_temperature)] if settings is None else settings
+    _check(model, estimator, config, settings, num_samples, num_times)
     scored_BL, attention_mask = _scored(model, input_ids, attention_mask, prompt_mask)
-    J, is_x0 = num_times, model.config.energy_target == "x0"
-    T, (hi, lo) = (num_steps, energy_window) if estimator == "sampler" else (None, (1.0, 0.0))
-    largest = max(k for k, _ in settings)
-    num_proposals, num_completions = max(num_samples, largest), num_samples if is_x0 else 1
-    is_shared = shared_completion and is_x0 and estimator == "sampler"
-    if is_shared:  # for each completion
-        num_proposals = largest
-    if estimator == "paper":  # Z of a coAR energy is 1 for any denoiser: nothing is drawn for it
-        num_proposals, num_completions = 0 if model.energy_type == "coar" else num_samples, 1
-    is_plain = estimator == "mdlm" or model.energy_type == "none" or (T and largest == 1)
+    process = LogitsProcess.of(config, logits_processor, model.config.mask_token_id)
+    J, T, largest = num_times, config.num_steps if is_sampler else None, max(k for k, _ in settings)
+    is_plain = estimator == "mdlm" or model.scorer is None or (is_sampler and largest == 1)
+    columns, data_G = _columns(model, estimator, config, largest, num_samples)
+    states_at_a_time = config.denoiser_batch_size or min(32, rows_at_once(model.denoiser, input_ids.shape[1]))
 
     t, mdlm, nll, ess = [], [], [], []
     with in_eval_mode(model):
-        for pair_N in torch.arange(len(scored_BL) * J).split(batch_size):
+        for pair_N in torch.arange(len(scored_BL) * J).split(states_at_a_time):
             row_N, draw_N = pair_N // J, pair_N % J
             counters = seed, row_N + first_row, draw_N
-            t_N, s_N, masked_NL, shown_NL = _moments(scored_BL[row_N], counters, J, T)
-            active_N = torch.zeros(len(t_N), dtype=torch.bool) if is_plain else (lo - 1e-9 <= t_N) & (t_N <= hi + 1e-9)
-            mean_log_mu_N, log_v_NG, log_w_NHK = _weigh(
+            mask_NL = None if attention_mask is None else attention_mask[row_N.to(model.device)]
+            place_NL = own_positions(scored_BL[row_N], mask_NL).cpu()
+            t_N, s_N, hidden_NL, shown_NL, alike_NL = _moments(
+                scored_BL[row_N], place_NL, counters, J, T, config.block_length
+            )
+            active_N = torch.zeros(len(t_N), dtype=torch.bool) if is_plain else torch.ones(len(t_N), dtype=torch.bool)
+            if is_sampler:
+                active_N &= energy_acts(config, t_N)
+            log_mu_NL, log_v_NG, log_w_NHK = _weigh(
                 model,
                 input_ids[row_N.to(input_ids.device)].to(model.device),
-                None if attention_mask is None else attention_mask[row_N.to(model.device)],
-                (t_N, t_N if is_x0 else s_N, masked_NL, shown_NL, active_N),
-                (num_proposals, num_completions, is_shared),
+                mask_NL,
+                (t_N, s_N, hidden_NL, shown_NL, active_N, T),
+                (columns, data_G),
                 counters,
-                energy_batch_size,
+                config.energy_batch_size or 64,
+                process,
             )
             F_N = scored_BL[row_N].sum(-1)
             scale_N = F_N / shown_NL.sum(-1)  # |F| / |S|: from what is shown at once to the whole text
             t.append(t_N)
-            mdlm.append(-F_N * mean_log_mu_N)
-            if estimator == "sampler":
+            mdlm.append(-F_N * log_mu_NL.where(alike_NL, 0.0).sum(-1) / alike_NL.sum(-1))
+            is_possible_N = mdlm[-1] < torch.inf  # else the energy cannot help
+            if is_sampler:
                 gain_CN = [log_mean_ratio(log_v_NG / tau, log_w_NHK / tau, k, counters) for k, tau in settings]
                 ess_CN = [effective_sample_size(log_w_NHK[:, 0, :k] / tau) for k, tau in settings]
-                nll.append(torch.stack([mdlm[-1] - scale_N * gain_N for gain_N in gain_CN], -1))
+                gain_NC = torch.stack(gain_CN, -1).where(is_possible_N[:, None], 0.0)
+                nll.append(mdlm[-1][:, None] - scale_N[:, None] * gain_NC)
                 ess.append(torch.stack(ess_CN, -1).where(active_N[:, None], float("nan")))
             elif estimator == "paper":
-                log_z_CN = log_mean_exp(log_w_NHK[:, 0]) if num_proposals else (0.0, 0.0)
+                log_z_CN = log_mean_exp(log_w_NHK[:, 0]) if log_w_NHK.shape[-1] else (0.0, 0.0)
                 nll.append(torch.stack([mdlm[-1] + scale_N * (z - log_v_NG[:, 0]) for z in log_z_CN], -1))
             else:
                 nll.append(mdlm[-1][:, None])
@@ -214,6 +233,26 @@ def likelihood_terms(
     ess_PC = torch.cat(ess) if ess else torch.full_like(nll_PC, float("nan"))
     t_BJ, mdlm_BJ = torch.cat(t).view(-1, J), torch.cat(mdlm).view(-1, J)
     return LikelihoodTerms(t_BJ, mdlm_BJ, *(x.view(*t_BJ.shape, -1) for x in (nll_PC, ess_PC)), scored_BL.sum(-1))
+
+
+def _columns(model, estimator: str, config, largest: int, num_samples: int) -> tuple[Columns, torch.Tensor]:
+    """The candidates that are scored at a moment, and which columns are the data's, (G,).
+
+    The data's candidate has x0 where something is shown, and G draws of the rest; beside it there are K proposals, or
+    with shared completions K for each of these draws, which differ only in what is shown.
+    """
+    is_x0 = model.scorer is None or model.scorer.target == "x0"
+    K, G = max(num_samples, largest), num_samples if is_x0 else 1
+    is_shared = config.shared_completion and is_x0 and estimator == "sampler"
+    if is_shared:
+        K = largest
+    if estimator == "paper":  # Z of a coAR energy is 1 for any denoiser: nothing is drawn for it
+        K, G = 0 if model.energy_type == "coar" else num_samples, 1
+    column_X = torch.arange(G * (K + 1) if is_shared else K + G)
+    data_G = column_X[:: K + 1] if is_shared else column_X[K:]
+    rest_X = column_X // (K + 1) * (K + 1) if is_shared else column_X
+    columns = (column_X, rest_X, torch.isin(column_X, data_G))
+    return Columns(*(x.to(model.device) for x in columns)), data_G
 
 
 def log_mean_ratio(log_v_NG: torch.Tensor, log_w_NHK: torch.Tensor, k: int, counters: tuple) -> torch.Tensor:
@@ -269,108 +308,52 @@ def mean_and_stderr(x_BJ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x_BJ.mean(-1), (x_BJ.diff(dim=-1).square().sum(-1) / (2 * J * (J - 1))).sqrt()
 
 
-@torch.no_grad()
-def log_partition(
-    model,
-    xt_NL: torch.Tensor,
-    t: float | None = None,
-    num_samples: int = 64,
-    seed: int = 0,
-    energy_batch_size: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """log Z(xt) = log E_{x0 ~ mu(. | xt)}[exp(-E(x0, xt, t))], by log-mean-exp over proposals, and its standard error.
-
-    The estimate is biased low by about half its squared standard error (Jensen), so one sample is refused. For coAR
-    energies Z is 1 for any denoiser. Source: the residual form of EDLM (arXiv 2410.21357).
-
-    Returns:
-        log Z (N,) float64 and its standard error (N,) by the delta method.
-    Raises:
-        ValueError: `num_samples` < 2, the model in training mode (dropout), or an energy of the next state, whose Z
-            depends on what is revealed.
-    """
-    if model.config.energy_target != "x0":
-        raise ValueError(f"log_partition needs energy_target='x0', got {model.config.energy_target!r}")
-    if model.training:
-        raise ValueError("log_partition needs model.eval(), got a model in training mode")
-    if num_samples < 2:
-        raise ValueError(f"num_samples must be at least 2, got {num_samples}")
-    masked_NL = (xt_NL == model.config.mask_token_id).cpu()
-    x_NKL, log_mu_NK = model.denoiser.propose(xt_NL, masked_NL, num_samples, seed, t=t)
-    log_w_NK = (
-        -candidate_energies(model.energy, x_NKL, xt_NL, t, log_mu_NK, batch_size=energy_batch_size)[0].cpu().double()
-    )
-    log_z_N, _ = log_mean_exp(log_w_NK)
-    return log_z_N, (log_w_NK - log_z_N[:, None]).exp().std(-1) / math.sqrt(num_samples)
-
-
-def _moments(scored_NL: torch.Tensor, counters: tuple, num_draws: int, num_steps: int | None, block_length: int | None):
+def _moments(
+    scored_NL: torch.Tensor,
+    place_NL: torch.Tensor,
+    counters: tuple,
+    num_draws: int,
+    num_steps: int | None,
+    block_length,
+):
     """A moment of each row's plan, drawn as the sampler draws it: see `RevealPlan.moment`.
 
     Draw j of a row lies in the j-th of `num_draws` equal parts of time; from row to row it walks through that part by
     the golden ratio.
     """
     seed, row_N, draw_N = counters
-    u_NL = uniforms(seed, REVEAL, row_N[:, None], draw_N[:, None], 0, torch.arange(scored_NL.shape[1]))
-    place_N = (uniforms(seed, SHIFT, 0, draw_N, 0, 0) + row_N * GOLDEN) % 1
-    v_N1 = ((draw_N + place_N) / num_draws)[:, None]
+    u_NL = uniforms(seed, REVEAL, row_N[:, None], draw_N[:, None], 0, place_NL)
+    part_N = (uniforms(seed, SHIFT, 0, draw_N, 0, 0) + row_N * GOLDEN) % 1
+    v_N1 = ((draw_N + part_N) / num_draws)[:, None]
     u_picked_N1 = uniforms(seed, PICK, row_N, draw_N, 0, 0)[:, None]
     return RevealPlan(u_NL, scored_NL, num_steps, block_length).moment(v_N1, u_picked_N1)
 
 
-def _weigh(model, x0_NL, attention_mask, moments: tuple, counts: tuple, counters: tuple, energy_batch_size):
-    """Mean over M of log mu_i(x0_i | xt), (N,); log weights of the data's candidate (N, G) and of proposals (N, H, K).
+def _weigh(model, x0_NL, attention_mask, moments, candidates, counters, energy_batch_size=None, process=None):
+    """log mu_i(x0_i | xt) where something is masked, (N, L); log weights of the data's candidate (N, G) and of
+    proposals (N, H, K).
 
-    The data's candidate has x0 where something is shown, and G draws of the rest. H is 1, or G with shared completions:
-    then each of the draws goes with K proposals of its own, which differ only in what is shown. The weights are those
-    of temperature 1, and 1 for all candidates of the rows that are not active. Float64, on the CPU.
+    H is 1, or G with shared completions: then each of the data's has K proposals of its own. The weights are those of
+    temperature 1, and 1 for all candidates of the rows that are not active. Float64, on the CPU.
     """
-    (N, L), device, (seed, row_N, draw_N) = x0_NL.shape, x0_NL.device, counters
-    t_N, time_N, masked_NL, shown_NL, active_N = moments
-    K, G, is_shared = counts
-    column_X = torch.arange(G * (K + 1) if is_shared else K + G)
-    data_G = column_X[:: K + 1] if is_shared else column_X[K:]  # columns of the data's candidate
-    shared_X = column_X // (K + 1) * (K + 1) if is_shared else column_X  # the columns of a group have one completion
-    filled_NL = (masked_NL if model.config.energy_target == "x0" else shown_NL) & active_N[:, None]
-    xt_NL = x0_NL.masked_fill(masked_NL.to(device), model.config.mask_token_id)
-    log_mu_P, filled_P, shown_P = (
-        torch.zeros(N * L, device=device),
-        filled_NL.flatten(),
-        shown_NL.flatten(),
-    )  # P = N * L
-    x_PX, log_mu_PX = (
-        xt_NL.flatten()[:, None].repeat(1, len(column_X)),
-        torch.zeros(N * L, len(column_X), device=device),
-    )
-    for chunk_M, logits_MV in model.denoiser.logit_chunks(xt_NL, masked_NL, t_N.float().to(device), attention_mask):
-        log_mu_MV = logits_MV.log_softmax(-1)
-        log_mu_P[chunk_M] = log_mu_MV.gather(-1, x0_NL.flatten()[chunk_M, None])[:, 0]
-        is_filled_M = filled_P.to(device)[chunk_M]
-        chunk_M = chunk_M[is_filled_M]
-        here_M = chunk_M.cpu()
-        place_M = row_N[here_M // L, None], draw_N[here_M // L, None], here_M[:, None] % L
-        place_M += (torch.where(shown_P[here_M, None], column_X, shared_X),)
-        u_MX = uniforms(seed, PROPOSE, *(place.to(device) for place in place_M))
-        x_PX[chunk_M], log_mu_PX[chunk_M] = draw(log_mu_MV[is_filled_M], u_MX)
-    is_data_P1, is_data_X = (filled_P & shown_P)[:, None].to(device), torch.isin(column_X, data_G).to(device)
-    x_PX = torch.where(is_data_P1 & is_data_X, x0_NL.flatten()[:, None], x_PX)
-    log_mu_PX = torch.where(is_data_P1 & is_data_X, log_mu_P[:, None], log_mu_PX)
-    log_w_NX = torch.zeros(N, len(column_X), dtype=torch.float64)
+    N, device, (seed, row_N, draw_N) = len(x0_NL), x0_NL.device, counters
+    (t_N, s_N, hidden_NL, shown_NL, active_N, num_steps), (columns, data_G) = moments, candidates
+    is_x0 = model.scorer is None or model.scorer.target == "x0"
+    filled_NL = (hidden_NL if is_x0 else shown_NL) & active_N[:, None]
+    xt_NL = x0_NL.masked_fill(hidden_NL.to(device), model.config.mask_token_id)
+    step_N = None if num_steps is None else ((1 - t_N) * num_steps).round().long().to(device)
+    times = (x.float().to(device) for x in (t_N, s_N))
+    state = State(xt_NL, attention_mask, step_N, *times, (seed, PROPOSE, row_N, draw_N), process)
+    proposal = propose(model, state, filled_NL, columns, shown_NL, x0_NL, hidden_NL)
+    log_w_NX = torch.zeros(N, len(columns.shown_K), dtype=torch.float64)
     if len(rows_A := active_N.nonzero()[:, 0]):
         on_A = rows_A.to(device)
-        energy_AX, _ = candidate_energies(
-            model.energy,
-            x_PX.view(N, L, -1)[on_A].transpose(1, 2),
-            xt_NL[on_A],
-            time_N[rows_A].float().to(device),
-            log_mu_PX.view(N, L, -1)[on_A].sum(1),
-            None if attention_mask is None else attention_mask[on_A],
-            energy_batch_size,
-        )
-        log_w_NX[rows_A] = -energy_AX.cpu().double()
-    mean_log_mu_N = log_mu_P.view(N, L).double().sum(-1).cpu() / masked_NL.sum(-1)
-    proposals_NHK = log_w_NX.view(N, G, K + 1)[..., 1:] if is_shared else log_w_NX[:, None, :K]
-    return mean_log_mu_N, log_w_NX[:, data_G], proposals_NHK
+        chosen = proposal.x_NKL[on_A], proposal.log_mu_NK[on_A]
+        log_w_NX[rows_A] = -weigh(model, state.rows(rows_A), *chosen, energy_batch_size)[0].cpu().double()
+    log_v_NG, is_data_X = log_w_NX[:, data_G], columns.given_K.cpu()
+    H = len(data_G) if bool((columns.shown_K != columns.rest_K).any()) else 1
+    log_w_NHK = log_w_NX[:, ~is_data_X].reshape(N, H, int((~is_data_X).sum()) // H)
+    return proposal.log_given_NL.double().cpu(), log_v_NG, log_w_NHK
 
 
 def _scored(model, input_ids, attention_mask, prompt_mask) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -396,20 +379,25 @@ def _scored(model, input_ids, attention_mask, prompt_mask) -> tuple[torch.Tensor
     return scored_BL, None if attention_mask is None or attention_mask.all() else attention_mask
 
 
-def _check(model, estimator, settings, num_steps, energy_window, num_samples, num_times, batch_size, energy_batch_size):
+def _check(model, estimator: str, config, settings, num_samples: int, num_times: int) -> None:
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator must be one of {ESTIMATORS}, got {estimator!r}")
     if estimator == "paper" and model.config.energy_target != "x0":
         raise ValueError(f"estimator='paper' needs energy_target='x0', got {model.config.energy_target!r}")
+    if estimator == "paper" and config.block_length is not None:
+        raise ValueError(f"estimator='paper' has no blocks, got block_length={config.block_length}")
+    if estimator == "sampler" and config.corrector_steps and config.num_candidates > 1 and model.scorer is not None:
+        raise ValueError(
+            f"corrector_steps={config.corrector_steps}: a revised text has no bound, for its last round could have "
+            "come from many others; give corrector_steps=0 for that of the text before it is revised"
+        )
+    if not config.do_sample:
+        raise ValueError("do_sample=False gives one text and no others, which has no likelihood")
     if not settings:
         raise ValueError("settings must hold at least one (num_candidates, energy_temperature), got none")
-    for k, tau in settings:  # checks the values
-        EDLMGenerationConfig(
-            num_steps=num_steps, num_candidates=k, energy_window=energy_window, energy_temperature=tau,
-            energy_batch_size=energy_batch_size,
-        )  # fmt: skip
-    counts = {"num_samples": num_samples, "num_times": num_times, "batch_size": batch_size}
-    for name, value in counts.items():
+    for k, tau in settings:
+        EDLMGenerationConfig(num_candidates=k, energy_temperature=tau)  # checks the values
+    for name, value in {"num_samples": num_samples, "num_times": num_times}.items():
         least = 2 if (name, estimator) == ("num_samples", "paper") else 1
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")

@@ -15,7 +15,8 @@ from transformers.utils import can_return_tuple
 from .adapter import DESCRIPTION, energy_fields, find_adapter, load_adapter, save_adapter
 from .backbone import CACHE, Backbone, Head, initialize, log_probs, position_chunks, prepend_bos, suppress, twin
 from .configuration_edlm import EDLMConfig
-from .energy import EnergyNetwork, causal_log_prob
+from .energies import Energy, check_vocabulary, network_energy
+from .energy_network import EnergyNetwork
 from .generation_edlm import EDLMGenerationConfig, EDLMGenerationMixin
 from .likelihood import EDLMLikelihoodMixin
 from .proposal import ProposalMixin
@@ -66,7 +67,7 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMi
     base_model_prefix = "denoiser"  # where a whole EDLM keeps it
     generation_config_class = EDLMGenerationConfig
     _keys_to_ignore_on_load_unexpected = [r"^energy_model\."]
-    energy_type = "none"
+    energy_type, scorer = "none", None
 
     def __init__(self, config: EDLMConfig):
         _check_architecture(config, "EDLMForMaskedLM", "EDLMModel")
@@ -131,9 +132,9 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMi
             chunk_M = chunk_M.to(xt_NL.device, non_blocking=True)
             yield chunk_M, suppress(self.head(*encoded, chunk_M), self.config.mask_token_id)
 
-    def draw_chunks(self, xt_NL, where_NL, uniforms_at, t=None, attention_mask=None, process=None, present_NL=None):
-        if process is not None or present_NL is not None or not self.head.is_large:
-            yield from super().draw_chunks(xt_NL, where_NL, uniforms_at, t, attention_mask, process, present_NL)
+    def draw_chunks(self, xt_NL, where_NL, uniforms_at, t=None, attention_mask=None):
+        if not self.head.is_large:
+            yield from super().draw_chunks(xt_NL, where_NL, uniforms_at, t, attention_mask)
             return
         encoded, linear = self.encode(xt_NL, t, attention_mask, where_NL=where_NL), self.head.linear
         where_M = where_NL.flatten().nonzero()[:, 0].to(xt_NL.device, non_blocking=True)
@@ -367,7 +368,7 @@ class EDLMModel(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMixin):
         is_nce = isinstance(energy, EDLMEnergyModel)
         if energy_type == "none" or (energy_type == "nce") != is_nce:
             raise ValueError(f"energy_type={energy_type!r} does not go with an energy of class {type(energy).__name__}")
-        _check_vocabulary(denoiser.config, energy.config)
+        check_vocabulary(denoiser.config.vocab_size, denoiser.config.mask_token_id, energy.config)
         if energy.config.model_type != EDLMConfig.model_type:
             changes, own = {"energy_config": energy.config.to_dict()}, {}
         else:
@@ -436,6 +437,11 @@ class EDLMModel(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMixin):
     def energy_type(self) -> str:
         return self.config.energy_type
 
+    @property
+    def scorer(self) -> Energy | None:
+        """What the sampler knows of the energy; None without one."""
+        return network_energy(self.energy_type, self.energy_model, self.config.mask_token_id)
+
     def get_input_embeddings(self):
         return self.denoiser.get_input_embeddings()
 
@@ -463,19 +469,15 @@ class EDLMModel(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMixin):
         Returns:
             (N,) float32; zeros for `energy_type="none"`. Source: EDLM (arXiv 2410.21357).
         """
-        if self.energy_type == "none":
+        if (scorer := self.scorer) is None:
             return torch.zeros(x.shape[0], device=x.device)
-        if self.energy_type == "nce":
-            return self.energy_model(x, xt=xt, t=t, attention_mask=attention_mask).logits[:, 0]
-        masked_NL = xt == self.config.mask_token_id
-        if attention_mask is not None:
-            masked_NL &= attention_mask.bool()
-        if log_mu is None:
+        if log_mu is None and scorer.needs_log_mu:
+            masked_NL = xt == self.config.mask_token_id
+            if attention_mask is not None:
+                masked_NL &= attention_mask.bool()
             log_p_NL = self.log_p_x0(xt, t, attention_mask).gather(-1, x[..., None])[..., 0]
             log_mu = torch.where(masked_NL, log_p_NL, 0.0).sum(-1)
-        where_NL = masked_NL if self.energy_type == "coar" else None
-        bos, mask = self.energy_model.config.bos_token_id, self.config.mask_token_id
-        return log_mu - causal_log_prob(self.energy_model, x, where_NL, bos, mask, attention_mask)
+        return scorer(x, xt, t, attention_mask, log_mu)
 
 
 def _keep(part: nn.Module | None) -> nn.Module | None:
@@ -501,18 +503,3 @@ def _energy_part(config: EDLMConfig, energy_types: tuple[str, ...], name: str) -
     if config.energy_type not in energy_types or config.energy_is_foreign:
         raise ValueError(f"{name} needs energy_type in {energy_types}, the checkpoint has {config.energy_type!r}")
     return config.for_energy()
-
-
-def _check_vocabulary(ours: EDLMConfig, theirs) -> None:
-    """Token ids must mean the same; an AR model of another library may lack the mask token if it is the last id."""
-    if theirs.model_type == EDLMConfig.model_type:
-        fits = (ours.vocab_size, ours.mask_token_id) == (theirs.vocab_size, theirs.mask_token_id)
-    else:
-        fits = ours.vocab_size - theirs.vocab_size in (0, 1) and ours.mask_token_id == ours.vocab_size - 1
-    if not fits:
-        raise ValueError(
-            f"energy has vocab_size {theirs.vocab_size}, the denoiser has {ours.vocab_size} with mask_token_id "
-            f"{ours.mask_token_id}: both must use the same tokenizer"
-        )
-    if theirs.bos_token_id is None:
-        raise ValueError(f"energy ({theirs.model_type}) has bos_token_id None: set the id that starts its texts")

@@ -4,10 +4,40 @@ Shapes: N rows, K candidates, L length, V vocabulary, M selected positions (flat
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 
-from .sampler import draw, uniforms
+from .draws import draw, uniforms
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How the K candidates of a row differ.
+
+    shown_K, rest_K: int64, the number of each one's draw at the positions that a step shows, and at the others; equal
+    numbers are equal draws. given_K: bool, which ones are given their tokens at the positions shown; None: none.
+    """
+
+    shown_K: torch.Tensor
+    rest_K: torch.Tensor
+    given_K: torch.Tensor | None = None
+
+    @classmethod
+    def independent(cls, K: int, device=None, shared: bool = False, first_given: bool = False) -> "Columns":
+        """K draws, of which `shared` have one and the same rest; the first may be given instead."""
+        draw_K = torch.arange(K, device=device)
+        return cls(draw_K, 0 * draw_K if shared else draw_K, draw_K == 0 if first_given else None)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """x (N, K, L), the state with K candidates in place; log mu of each, (N, K) float32; and log mu of the given tokens
+    where that was asked for, (N, L), zero elsewhere."""
+
+    x_NKL: torch.Tensor
+    log_mu_NK: torch.Tensor
+    log_given_NL: torch.Tensor | None = None
 
 
 def own_positions(like_NL: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -15,6 +45,12 @@ def own_positions(like_NL: torch.Tensor, attention_mask: torch.Tensor | None) ->
     if attention_mask is None:
         return torch.arange(like_NL.shape[1], device=like_NL.device).expand_as(like_NL)
     return (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
+
+
+def only_best(logits_MV: torch.Tensor) -> torch.Tensor:
+    """Logits that leave the most likely token of each row."""
+    best_M1 = logits_MV.argmax(-1, keepdim=True)
+    return torch.full_like(logits_MV, -torch.inf).scatter(-1, best_M1, logits_MV.gather(-1, best_M1))
 
 
 class ProposalMixin:
@@ -30,75 +66,81 @@ class ProposalMixin:
         """
         raise NotImplementedError
 
-    def draw_chunks(
-        self, xt_NL, where_NL, uniforms_at: Callable, t=None, attention_mask=None, process=None, present_NL=None
-    ):
+    def draw_chunks(self, xt_NL, where_NL, uniforms_at: Callable, t=None, attention_mask=None):
         """Yields flat positions (M,), what is drawn there (M, K), and its log mu (M, K); together all of `where_NL`.
-
-        `uniforms_at` gives the uniforms (M, K) of flat positions, and `process` changes the logits at them. With
-        `present_NL` the first candidate is not drawn: it has these tokens.
+        `uniforms_at` gives the uniforms (M, K) of flat positions.
         """
         for chunk_M, logits_MV in self.logit_chunks(xt_NL, where_NL, t, attention_mask):
-            if process is not None:
-                logits_MV = process(chunk_M, logits_MV)
-            x_MK, log_mu_MK = draw(logits_MV, uniforms_at(chunk_M))
-            if present_NL is not None:
-                x_MK[:, 0] = present_NL.flatten()[chunk_M]
-                # not the log of a softmax, which has nothing below e-38
-                log_mu_MK[:, :1] = logits_MV.log_softmax(-1).gather(-1, x_MK[:, :1])
-            yield chunk_M, x_MK, log_mu_MK
+            yield chunk_M, *draw(logits_MV, uniforms_at(chunk_M))
 
     @torch.no_grad()
     def propose(
         self,
         xt_NL: torch.Tensor,
         where_NL: torch.Tensor,
-        num_candidates: int,
-        seed: int,
-        rows_N: torch.Tensor | None = None,
-        step: int = 0,
+        columns: int | Columns,
+        counters: tuple[torch.Tensor | int, ...],
         t=None,
         attention_mask: torch.Tensor | None = None,
-        varied_NL: torch.Tensor | None = None,
         process: Callable | None = None,
-        do_sample: bool = True,
-        present_NL: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K independent draws from mu(. | xt) at `where`, all from one pass; only these positions are projected.
+        shown_NL: torch.Tensor | None = None,
+        given_NL: torch.Tensor | None = None,
+        scored_NL: torch.Tensor | None = None,
+    ) -> Proposal:
+        """K independent draws from mu(. | xt) at `where`, all from one pass; only positions in question are projected.
 
         Args:
             xt_NL: states. where_NL: bool on the CPU, what to fill.
-            seed, rows_N, step: with the position and the candidate, the counters of the uniforms.
-            varied_NL: bool on the CPU, where the candidates differ; elsewhere all have the first one's draw. None: all.
-            process: `(states (M, L), logits (M, V), positions (M,))` to logits whose softmax is mu; None: as they are.
-            do_sample: False takes the most likely token instead of a draw.
-            present_NL: tokens (N, L) that are the first candidate, in place of a draw. None: all are drawn.
-        Returns:
-            x (N, K, L), xt with the drawn values in place, and log mu of what was drawn, (N, K) float32.
+            columns: how the candidates differ; K: independent draws.
+            counters: the seed and other counters of the uniforms, each an integer or (N,); the position in its own text
+                and the number of the draw come after them.
+            process: `(rows (M,), states (M, L), logits (M, V), positions (M,))` to logits whose softmax is mu; None: as
+                they are.
+            shown_NL: bool on the CPU, where `columns.shown_K` and `given_K` count; None: everywhere.
+            given_NL: tokens (N, L). scored_NL: bool on the CPU, where their log mu is wanted; it holds `where`.
         """
-        (N, L), K, device = xt_NL.shape, num_candidates, xt_NL.device
-        rows_N = torch.arange(N, device=device) if rows_N is None else rows_N.to(device)
-        position_P = own_positions(xt_NL, attention_mask).flatten()
+        (N, L), device = xt_NL.shape, xt_NL.device
+        columns = Columns.independent(columns, device) if isinstance(columns, int) else columns
+        K = len(columns.shown_K)
+        position_P = own_positions(xt_NL, attention_mask).flatten()  # P = N * L
+        shown_P = None if shown_NL is None else shown_NL.to(device, non_blocking=True).flatten()
+        seed, *others = (c.to(device)[:, None] if isinstance(c, torch.Tensor) else c for c in counters)
 
         def uniforms_at(chunk_M):
-            candidate_MK = torch.arange(K, device=device)
-            if varied_NL is not None:  # the same uniform is the same draw
-                candidate_MK = candidate_MK * varied_NL.to(device).flatten()[chunk_M, None]
-            return uniforms(seed, rows_N[chunk_M // L, None], step, position_P[chunk_M, None], candidate_MK)
+            draw_MK = columns.shown_K
+            if shown_P is not None and columns.shown_K is not columns.rest_K:
+                draw_MK = torch.where(shown_P[chunk_M, None], columns.shown_K, columns.rest_K)
+            row_M = chunk_M // L
+            now = (c[row_M] if isinstance(c, torch.Tensor) else c for c in others)
+            return uniforms(seed, *now, position_P[chunk_M, None], draw_MK)
 
-        def processed(chunk_M, logits_MV):
-            if process is not None:
-                logits_MV = process(xt_NL[chunk_M // L], logits_MV, position_P[chunk_M])
-            if do_sample:
-                return logits_MV
-            best_M1 = logits_MV.argmax(-1, keepdim=True)
-            return torch.full_like(logits_MV, -torch.inf).scatter(-1, best_M1, logits_MV.gather(-1, best_M1))
+        def all_draws():
+            if process is None and given_NL is None:
+                yield from self.draw_chunks(xt_NL, where_NL, uniforms_at, t, attention_mask)
+                return
+            read_NL = where_NL if scored_NL is None else scored_NL
+            is_drawn_P = None if scored_NL is None else where_NL.to(device, non_blocking=True).flatten()
+            for chunk_M, logits_MV in self.logit_chunks(xt_NL, read_NL, t, attention_mask):
+                if process is not None:
+                    logits_MV = process(chunk_M // L, xt_NL[chunk_M // L], logits_MV, position_P[chunk_M])
+                if given_NL is not None:  # not the log of a softmax, which has nothing below e-38
+                    token_M1 = given_NL.flatten()[chunk_M, None]
+                    log_given_P[chunk_M] = logits_MV.log_softmax(-1).gather(-1, token_M1)[:, 0]
+                if is_drawn_P is not None:
+                    chosen_M = is_drawn_P[chunk_M]
+                    chunk_M, logits_MV = chunk_M[chosen_M], logits_MV[chosen_M]
+                yield chunk_M, *draw(logits_MV, uniforms_at(chunk_M))
 
         x_PK = xt_NL.flatten()[:, None].repeat(1, K)
-        log_mu_PK = torch.zeros(N * L, K, device=device)
-        change = processed if process is not None or not do_sample else None
-        chunks = self.draw_chunks(xt_NL, where_NL, uniforms_at, t, attention_mask, change, present_NL)
-        for chunk_M, x_MK, log_mu_MK in chunks:
+        log_mu_PK, log_given_P = torch.zeros(N * L, K, device=device), torch.zeros(N * L, device=device)
+        for chunk_M, x_MK, log_mu_MK in all_draws():
             x_PK[chunk_M], log_mu_PK[chunk_M] = x_MK, log_mu_MK
+        if columns.given_K is not None:
+            is_given_P = where_NL.to(device, non_blocking=True).flatten()
+            is_given_P = is_given_P if shown_P is None else is_given_P & shown_P
+            is_given_PK = is_given_P[:, None] & columns.given_K
+            x_PK = torch.where(is_given_PK, given_NL.flatten()[:, None], x_PK)
+            log_mu_PK = torch.where(is_given_PK, log_given_P[:, None], log_mu_PK)
         # summed row by row, not scattered with atomics: the same seed gives the same bits
-        return x_PK.view(N, L, K).transpose(1, 2), log_mu_PK.view(N, L, K).sum(1)
+        x_NKL, log_mu_NK = x_PK.view(N, L, K).transpose(1, 2), log_mu_PK.view(N, L, K).sum(1)
+        return Proposal(x_NKL, log_mu_NK, log_given_P.view(N, L))

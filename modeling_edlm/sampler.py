@@ -1,109 +1,253 @@
-"""Draw k candidates, choose one. Pure functions of tensors; knows no network and no schedule.
+"""The sampler of EDLM (arXiv 2410.21357, Algorithm 1): one step, the loop over a plan, and the corrector.
 
-Randomness is counter-based: a uniform is a hash of (seed, row, step, position, candidate), so a row's text depends
-neither on the batch, the chunk nor the process it was made in.
-Shapes: N rows, K candidates, M selected positions, V vocabulary.
+`model` has a `denoiser`, `energy()` and `scorer`, what is known of the energy (None: there is none). `config` is an
+`EDLMGenerationConfig`. `watch` is told of each step, and says what is free and which rows are done.
+Shapes: B rows of the output, N rows stepped now, K candidates, L length, T steps, V vocabulary, M selected positions
+(flat in N * L).
 """
 
+import inspect
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
 import torch
-from torch import nn
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from .backbone import rows_at_once, suppress
+from .draws import choose, uniforms
+from .energies import candidate_energies
+from .proposal import Columns, Proposal, only_best, own_positions
+from .schedule import RevealPlan, revision_set, times
+
+REVEAL, CHOICE, SET = -1, -2, -3  # counters of the draws that belong to no step, no position, no candidate
 
 
-def uniforms(seed: int, *counters: torch.Tensor | int) -> torch.Tensor:
-    """Uniforms in [0, 1), one for each entry of the broadcast counters (int64 tensors or integers).
+@dataclass
+class State:
+    """The rows stepped now: xt and attention mask (N, L), the step and its times t > s, each a number or (N,), and the
+    counters of the uniforms; see `ProposalMixin.propose`."""
 
-    SplitMix64's finaliser (Steele et al. 2014) absorbs the counters one after the other. The top 52 bits make a
-    float64, so that u * total stays below total for any float64 total (23 bits and float32 where float64 is missing).
+    xt_NL: torch.Tensor
+    attention_mask: torch.Tensor | None
+    step: int | torch.Tensor
+    t: float | torch.Tensor
+    s: float | torch.Tensor
+    counters: tuple
+    process: "LogitsProcess | None" = None
+
+    def rows(self, on_A: torch.Tensor) -> "State":
+        """Some of these rows."""
+        parts = (self.xt_NL, self.attention_mask, self.step, self.t, self.s)
+        parts = [x[on_A.to(x.device)] if isinstance(x, torch.Tensor) and x.ndim else x for x in parts]
+        counters = tuple(c[on_A.to(c.device)] if isinstance(c, torch.Tensor) else c for c in self.counters)
+        return State(*parts, counters, self.process)
+
+
+def propose(
+    model, state: State, where_NL: torch.Tensor, columns: Columns, shown_NL=None, given_NL=None, scored_NL=None
+) -> Proposal:
+    """The candidates of a step: see `ProposalMixin.propose`."""
+    process = None
+    if state.process is not None:
+
+        def process(row_M, states_ML, logits_MV, positions_M):
+            step = state.step[row_M] if isinstance(state.step, torch.Tensor) else state.step
+            return state.process(step, states_ML, logits_MV, positions_M)
+
+    rest = state.t, state.attention_mask, process, shown_NL, given_NL, scored_NL
+    return model.denoiser.propose(state.xt_NL, where_NL, columns, state.counters, *rest)
+
+
+def weigh(model, state: State, x_NKL, log_mu_NK, batch_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Energies (N, K) of candidates, and how many different ones there were of each row, (N,)."""
+    at_a_time = batch_size or rows_at_once(model.scorer.network, x_NKL.shape[-1])
+    time = model.scorer.time(state.t, state.s)
+    return candidate_energies(model.energy, x_NKL, state.xt_NL, time, log_mu_NK, state.attention_mask, at_a_time)
+
+
+def energy_acts(config, t):
+    """Whether it does at time t, a number or (N,)."""
+    hi, lo = config.energy_window
+    return (lo - 1e-9 <= t) & (t <= hi + 1e-9)
+
+
+class Run:
+    """The canvas of one call, the counters of its draws, and what is counted while it is filled and revised."""
+
+    def __init__(self, xt_BL, attention_mask, seed: int, first_row: int, num_steps: int):
+        (B, L), device = xt_BL.shape, xt_BL.device
+        self.xt_BL, self.attention_mask, self.seed, self.first_row = xt_BL, attention_mask, seed, first_row
+        self.row_B1 = torch.arange(first_row, first_row + B)[:, None]
+        self.place_BL = own_positions(xt_BL, attention_mask).cpu()
+        self.length_B = xt_BL.new_full((B,), L) if attention_mask is None else attention_mask.sum(-1)
+        self.nfe_B, self.energy_nfe_B, self.rounds_B, self.changed_B = xt_BL.new_zeros(4, B)
+        self.energies_BT, self.ess_BT = torch.full((2, B, num_steps), float("nan"), device=device)
+        self.health = Health(num_steps, device)
+
+    def state(self, xt_NL, on_N, step: int, t, s: float, process) -> State:
+        mask_NL = None if self.attention_mask is None else self.attention_mask[on_N]
+        return State(xt_NL, mask_NL, step, t, s, (self.seed, on_N + self.first_row, step), process)
+
+    def keep(self, on_N, step: int, x_NKL, energy_NK, scored_N, energy_temperature: float, watch):
+        """One candidate (N, L) of each row by its energy, and which of the K it is (N,)."""
+        u_N = uniforms(self.seed, on_N + self.first_row, step, CHOICE, 0)
+        kept_N, ess_N = choose(energy_NK, energy_temperature, u_N)
+        n = torch.arange(len(on_N), device=on_N.device)
+        self.energies_BT[on_N, step], self.ess_BT[on_N, step] = energy_NK[n, kept_N], ess_N
+        self.energy_nfe_B[on_N] += scored_N
+        self.health.note("energies", energy_NK.isnan().any() | ess_N.isnan().any(), step)
+        watch.choice(on_N, x_NKL, energy_NK, kept_N)
+        return x_NKL[n, kept_N], kept_N
+
+
+def denoise(model, run: Run, config, process, watch) -> None:
+    """The sampling loop, over a plan that is drawn first, on the CPU."""
+    xt_BL, T, device = run.xt_BL, config.num_steps, run.xt_BL.device
+    u_BL = uniforms(run.seed, run.row_B1, REVEAL, run.place_BL, 0)
+    plan = RevealPlan(u_BL, watch.free_BL.cpu(), T, config.block_length)
+    has_energy = config.num_candidates > 1 and model.scorer is not None and config.do_sample
+    one = Columns.independent(1, device)
+    several = Columns.independent(config.num_candidates, device, shared=config.shared_completion)
+    rows_at_a_time = config.denoiser_batch_size or rows_at_once(model.denoiser, xt_BL.shape[1])
+
+    for step, (t, s) in enumerate(pairwise(times(T).tolist())):
+        rows_E = (plan.sets(step)[2].any(-1) & ~watch.done_B).nonzero()[:, 0]  # others cost nothing
+        for rows_N in rows_E.split(rows_at_a_time) if len(rows_E) else ():
+            hidden_NL, _, shown_NL = plan.sets(step, rows_N)
+            on_N = rows_N.to(device, non_blocking=True)
+            state = run.state(xt_BL[on_N], on_N, step, t, s, process)
+            if has_energy and energy_acts(config, t):
+                filled_NL = hidden_NL if model.scorer.target == "x0" else shown_NL
+                proposal = propose(model, state, filled_NL, several, shown_NL)
+                energies = weigh(model, state, proposal.x_NKL, proposal.log_mu_NK, config.energy_batch_size)
+                x_NL, _ = run.keep(on_N, step, proposal.x_NKL, *energies, config.energy_temperature, watch)
+            else:
+                proposal = propose(model, state, shown_NL, one)
+                x_NL = proposal.x_NKL[:, 0]
+            run.health.note("logits", proposal.log_mu_NK.isnan().any(), step)
+            xt_BL[on_N] = torch.where(shown_NL.to(device, non_blocking=True), x_NL, state.xt_NL)
+            run.nfe_B[on_N] += 1
+        if watch.step_end(step, t):
+            break
+
+
+def revise(model, run: Run, config, process, watch, rounds: range) -> None:
+    """Rounds of the corrector: the present tokens of a random set against draws for it, chosen between by energy.
+
+    Iterated sampling importance resampling (Andrieu, Lee and Vihola 2018, arXiv 1312.5301). The set depends on no
+    token value; of an energy of the text the present one's part is known from the round before.
     """
-    device = next((c.device for c in counters if isinstance(c, torch.Tensor)), torch.device("cpu"))
-    state = _mix(_signed(seed))
-    for counter in counters:
-        state = _mix(
-            state ^ _mix(counter.long() + _GOLDEN if isinstance(counter, torch.Tensor) else _signed(counter + _GOLDEN))
-        )
-    if not isinstance(state, torch.Tensor):  # no counter was one
-        state = torch.tensor(state)
-    bits, dtype = (23, torch.float32) if device.type == "mps" else (52, torch.float64)
-    return _shift(state, 64 - bits).to(dtype) * 2.0**-bits
+    xt_BL, device = run.xt_BL, run.xt_BL.device
+    free_BL, K = watch.free_BL.cpu(), config.corrector_candidates or config.num_candidates
+    columns = Columns.independent(K, device, first_given=True)
+    part_B = torch.full((len(xt_BL),), float("nan"), device=device)  # of the present texts
+    rows_at_a_time = config.denoiser_batch_size or rows_at_once(model.denoiser, xt_BL.shape[1])
+
+    for step in rounds:
+        u_BL = uniforms(run.seed, run.row_B1, step, run.place_BL, SET)
+        set_BL = revision_set(u_BL, free_BL, config.corrector_size)
+        rows_E = (set_BL.any(-1) & ~watch.done_B).nonzero()[:, 0]
+        for rows_N in rows_E.split(rows_at_a_time) if len(rows_E) else ():
+            set_NL, on_N = set_BL[rows_N], rows_N.to(device, non_blocking=True)
+            present_NL, is_set_NL = xt_BL[on_N], set_NL.to(device, non_blocking=True)
+            t_N = is_set_NL.sum(-1) / run.length_B[on_N]
+            xt_NL = present_NL.masked_fill(is_set_NL, model.config.mask_token_id)
+            state = run.state(xt_NL, on_N, step, t_N, 0.0, process)
+            proposal = propose(model, state, set_NL, columns, given_NL=present_NL)
+            run.health.note("logits", proposal.log_mu_NK.isnan().any(), step)
+            x_NKL, log_mu_NK = proposal.x_NKL, proposal.log_mu_NK
+            if model.scorer.is_of_text:
+                known = 0 if step == rounds.start else 1
+                nothing_NK = torch.zeros_like(log_mu_NK[:, known:])
+                part_NK, scored_N = weigh(model, state, x_NKL[:, known:], nothing_NK, config.energy_batch_size)
+                part_NK = torch.cat((part_B[on_N, None][:, :known], part_NK), dim=1)
+                energy_NK = log_mu_NK + part_NK
+            else:
+                energy_NK, scored_N = weigh(model, state, x_NKL, log_mu_NK, config.energy_batch_size)
+            energy_NK = stay_if_stuck(energy_NK)
+            x_NL, kept_N = run.keep(on_N, step, x_NKL, energy_NK, scored_N, config.energy_temperature, watch)
+            if model.scorer.is_of_text:
+                part_B[on_N] = part_NK.gather(1, kept_N[:, None])[:, 0]
+            xt_BL[on_N] = x_NL
+            run.nfe_B[on_N] += 1
+            run.rounds_B[on_N] += 1
+            run.changed_B[on_N] += (x_NL != present_NL).any(-1)
+        if watch.step_end(step, 0.0):
+            break
 
 
-def draw(logits_MV: torch.Tensor, u_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """K independent draws from each row's softmax, by inverse CDF: one pass over the vocabulary, then K look-ups.
-
-    For a large vocabulary the CDF has two levels: that of blocks of tokens, and that of each block that was hit. These
-    alone are accumulated in the dtype of u; softmax and block sums are float32, so the law is right to 1e-6.
-
-    Args:
-        logits_MV: float32, normalised or not, -inf for what must not be drawn.
-        u_MK: uniforms; their dtype is that of the cumulative sums.
-    Returns:
-        x_MK int64 and its log-probabilities (M, K). A row of NaN (softmax spreads a single one) gives NaN.
+def stay_if_stuck(energy_NK: torch.Tensor) -> torch.Tensor:
+    """Energies by which a row keeps its present text, the first candidate, where there is no other choice: the proposal
+    cannot give it (top_k or top_p cut it away, its weight is infinite), or no candidate has any weight.
     """
-    p_MV = logits_MV.softmax(-1)
-    x_MK = (_look_up if p_MV.shape[-1] <= 1024 else _look_up_in_blocks)(p_MV, u_MK)
-    return x_MK, p_MV.gather(-1, x_MK).log()
+    is_stuck_N1 = (energy_NK[:, :1] == -torch.inf) | (energy_NK == torch.inf).all(-1, keepdim=True)
+    stay_NK = torch.full_like(energy_NK, torch.inf)
+    stay_NK[:, 0] = 0
+    return torch.where(is_stuck_N1, stay_NK, energy_NK)
 
 
-def _look_up(p_MV: torch.Tensor, u_MK: torch.Tensor) -> torch.Tensor:
-    cdf_MV = p_MV.to(u_MK.dtype).cumsum(-1)
-    # right=True: a token without mass has the CDF of its predecessor and is never found
-    return torch.searchsorted(cdf_MV, u_MK * cdf_MV[:, -1:], right=True).clamp_(max=p_MV.shape[-1] - 1)
+class LogitsProcess:
+    """Everything that changes the proposal's logits, in order; what it makes of them is the mu that an energy corrects.
 
-
-def _look_up_in_blocks(p_MV: torch.Tensor, u_MK: torch.Tensor, width: int = 64) -> torch.Tensor:
-    (M, V), K, dtype = p_MV.shape, u_MK.shape[-1], u_MK.dtype
-    whole = V // width * width
-    sums_MC = (p_MV[:, :whole].unflatten(-1, (-1, width)).sum(-1), p_MV[:, whole:].sum(-1, keepdim=True))
-    cdf_MC = torch.cat(sums_MC, dim=-1).to(dtype).cumsum(-1)
-    target_MK = u_MK * cdf_MC[:, -1:]
-    block_MK = torch.searchsorted(cdf_MC, target_MK, right=True).clamp_(max=cdf_MC.shape[-1] - 1)
-    x_MKW = block_MK[..., None] * width + torch.arange(width, device=p_MV.device)
-    p_MKW = p_MV.gather(-1, x_MKW.clamp(max=V - 1).flatten(1)).view(M, K, width).masked_fill_(x_MKW >= V, 0.0)
-    cdf_MKW = p_MKW.to(dtype).cumsum(-1)
-    start_MK = nn.functional.pad(cdf_MC, (1, 0)).gather(-1, block_MK)
-    # the sum of a block is rounded otherwise than the end of its CDF, which must not be reached
-    below_MK1 = cdf_MKW[..., -1:] * (1 - 2 * torch.finfo(dtype).eps)
-    inside_MK1 = torch.searchsorted(cdf_MKW, torch.minimum((target_MK - start_MK)[..., None], below_MK1), right=True)
-    return (block_MK * width + inside_MK1[..., 0]).clamp_(max=V - 1)
-
-
-def choose(energy_NK: torch.Tensor, temperature: float, u_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keep one of K candidates with probability proportional to w = exp(-E / temperature) (EDLM, Algorithm 1).
-
-    Returns:
-        the index kept (N,) int64 and the effective sample size (sum w)^2 / sum w^2 (N,), between 1 and K. Rows
-        without a single finite weight give NaN for the latter.
+    `of(config, logits_processor)` is None where nothing does.
     """
-    log_w_NK = -energy_NK.to(u_N.dtype) / temperature
-    choice_N1, _ = draw(log_w_NK, u_N[:, None])
-    return choice_N1[:, 0], effective_sample_size(log_w_NK).float()
+
+    def __init__(self, processors: list[Callable], do_sample: bool, mask_token_id: int):
+        self.processors, self.do_sample, self.mask_token_id = processors, do_sample, mask_token_id
+        self.wanted = [inspect.signature(processor).parameters.keys() for processor in processors]
+
+    @classmethod
+    def of(cls, config, logits_processor, mask_token_id: int) -> "LogitsProcess | None":
+        processors = list(LogitsProcessorList(logits_processor or ()))
+        if config.do_sample:
+            processors += [TemperatureLogitsWarper(float(config.temperature))] if config.temperature != 1 else []
+            processors += [TopKLogitsWarper(config.top_k)] if config.top_k else []
+            processors += [TopPLogitsWarper(float(config.top_p))] if config.top_p not in (None, 1) else []
+        return cls(processors, config.do_sample, mask_token_id) if processors or not config.do_sample else None
+
+    def __call__(self, step: int | torch.Tensor, states_ML, logits_MV, positions_M) -> torch.Tensor:
+        """Logits (M, V) at a step, or each at its own, (M,)."""
+        if isinstance(step, torch.Tensor) and any("cur_step" in wanted for wanted in self.wanted):
+            changed_MV = torch.empty_like(logits_MV)
+            for now in step.unique().tolist():
+                at_M = step == now
+                changed_MV[at_M] = self(now, states_ML[at_M], logits_MV[at_M], positions_M[at_M])
+            return changed_MV
+        offered = {"cur_step": step, "positions": positions_M}
+        for processor, wanted in zip(self.processors, self.wanted, strict=True):
+            extra = {name: value for name, value in offered.items() if name in wanted}
+            logits_MV = processor(states_ML, logits_MV, **extra)
+        logits_MV = suppress(logits_MV, self.mask_token_id)
+        return logits_MV if self.do_sample else only_best(logits_MV)
 
 
-def effective_sample_size(log_w_NK: torch.Tensor) -> torch.Tensor:
-    """(sum w)^2 / sum w^2, (N,): K if all weights are the same, 1 if one has everything."""
-    return 1 / log_w_NK.softmax(-1).square().sum(-1)
+class Health:
+    """The first step at which something was NaN, kept on the device and read once, at the end."""
+
+    def __init__(self, num_steps: int, device: torch.device):
+        self.num_steps = num_steps
+        self.first = {name: torch.full((), num_steps, device=device) for name in ("logits", "energies")}
+
+    def note(self, name: str, is_bad: torch.Tensor, step: int) -> None:
+        self.first[name] = torch.where(is_bad, self.first[name].clamp(max=step), self.first[name])
+
+    def check(self) -> None:
+        for name, step in self.first.items():
+            if (step := int(step)) < self.num_steps:
+                what = "NaN" if name == "logits" else "NaN, or no finite value for any candidate of a row"
+                raise FloatingPointError(f"{name} hold {what}, first at step {step} of {self.num_steps}")
 
 
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
-
-
-def _signed(x: int) -> int:
-    """An unsigned 64-bit integer as the int64 of the same bits."""
-    return (int(x) + 2**63) % 2**64 - 2**63
-
-
-def _shift(x: torch.Tensor | int, bits: int) -> torch.Tensor | int:
-    """Logical right shift of int64."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _times(x: torch.Tensor | int, factor: int) -> torch.Tensor | int:
-    """The product of int64, which wraps around."""
-    return x * factor if isinstance(x, torch.Tensor) else _signed(x * factor)
-
-
-def _mix(x: torch.Tensor | int) -> torch.Tensor | int:
-    """SplitMix64's finaliser."""
-    x = _times(x ^ _shift(x, 30), _signed(0xBF58476D1CE4E5B9))
-    x = _times(x ^ _shift(x, 27), _signed(0x94D049BB133111EB))
-    return x ^ _shift(x, 31)
+@contextmanager
+def in_eval_mode(model: torch.nn.Module):
+    """Dropout off, and every module's own flag back at the end."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

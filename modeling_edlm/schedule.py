@@ -99,7 +99,8 @@ class RevealPlan:
     def sets(
         self, step: int | torch.Tensor, rows_N: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What is masked before a step, an integer or (N, 1), what of it after it too, and what it reveals, (N, L) bool."""
+        """(N, L) bool: what is masked before a step (an integer, or (N, 1)), what is still masked after it, and what it
+        reveals."""
         step_NL = self.step_BL if rows_N is None else self.step_BL[rows_N]
         return step_NL >= step, step_NL > step, step_NL == step
 

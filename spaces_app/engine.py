@@ -396,8 +396,10 @@ def score(loaded: Loaded, text: str, settings: Settings, seconds: float = SECOND
     def work(watch: Watch) -> None:
         model, result = loaded.model, {"characters": characters, "tokens": len(ids), "rounds": ROUNDS, "done": 0}
         result |= {"state": "running", "ar": bits_per_character(loaded, x_1L), "estimates": {}}
-        common = {"num_times": DRAWS, "energy_batch_size": 16, "batch_size": DRAWS}
-        sampler = {
+        common = {"num_times": DRAWS, "energy_batch_size": 16, "denoiser_batch_size": DRAWS}
+        sampler = {  # before any revision, and of the proposal as it is
+            "corrector_steps": 0,
+            "temperature": 1.0,
             "num_steps": settings.num_steps,
             "num_candidates": settings.num_candidates,
             "energy_window": settings.energy_window,

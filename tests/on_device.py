@@ -53,10 +53,10 @@ from test_adapter import adapted, denoiser_of
 from test_sampler import chi_square
 from toy import MASK, chain_law, law_p_k, make_broad_toy, make_toy, p_value, total_variation
 
-from modeling_edlm import EDLMModel, generation_edlm, proposal, sampler
+from modeling_edlm import EDLMModel, draws, proposal, sampler
 from modeling_edlm.adapter import save_adapter
 from modeling_edlm.backbone import compiled, linear, suppress
-from modeling_edlm.sampler import draw, uniforms
+from modeling_edlm.draws import draw, uniforms
 from modeling_edlm.vocabulary import draw_projected
 from training.results import CommaLists, machine, read_results, write_json, write_whole
 from training.trainer import parse_arguments
@@ -390,8 +390,8 @@ class Checks:
         with ExitStack() as patches:
             for module, function, *names in (
                 (proposal, "draw", "logits", "u", "x", "log_mu"),
-                (generation_edlm, "choose", "energies", "tau", "u_choice", "kept", "ess"),
-                (sampler, "draw", "log_w", "u_choice", "kept", "log_p_kept"),
+                (sampler, "choose", "energies", "tau", "u_choice", "kept", "ess"),
+                (draws, "draw", "log_w", "u_choice", "kept", "log_p_kept"),
             ):
                 watcher = watched(getattr(module, function), *names)
                 patches.enter_context(mock.patch.object(module, function, watcher))

@@ -5,7 +5,7 @@ import torch
 from toy import MASK, chain_law, completions, make_toy, p_value, revision_kernel
 
 from modeling_edlm import EDLMForMaskedLM
-from modeling_edlm.energy import causal_log_prob
+from modeling_edlm.energies import causal_log_prob
 
 ALPHA = 1e-4
 TEXTS = completions((MASK,) * 3, (0, 1, 2))

@@ -20,20 +20,23 @@ from toy import (
     subsets,
 )
 
-from modeling_edlm.energy import causal_log_prob
+from modeling_edlm import EDLMGenerationConfig, proposal
+from modeling_edlm.draws import draw
+from modeling_edlm.energies import Energy, causal_log_prob
 from modeling_edlm.likelihood import (
     EDLMLikelihoodMixin,
+    _columns,
     _weigh,
     likelihood_terms,
     log_mean_exp,
     log_mean_ratio,
     mean_and_stderr,
 )
-from modeling_edlm.sampler import draw
+from modeling_edlm.proposal import ProposalMixin
 
 FREE = (MASK, MASK, MASK)
 TEXTS = torch.tensor(completions(FREE, (0, 1, 2)))  # all 27
-FAST = {"batch_size": 512, "energy_batch_size": 8192, "energy_window": (1.0, 0.0), "seed": 1}
+FAST = {"denoiser_batch_size": 512, "energy_batch_size": 8192, "energy_window": (1.0, 0.0), "seed": 1}
 ENERGIES = [("nce", "x0"), ("nce", "xs"), ("ar", "x0"), ("coar", "x0")]
 
 
@@ -125,12 +128,12 @@ def test_the_inner_ratio_is_unbiased(energy, k, num_samples):
     row_N, is_x0 = torch.arange(N), energy[1] == "x0"
     filled = masked if is_x0 else now
     flags = [torch.tensor([[j in places for j in range(3)]]).expand(N, -1) for places in (masked, now)]
-    times = torch.full((N,), t).double(), torch.full((N,), t if is_x0 else s).double()
+    times = torch.full((N,), t).double(), torch.full((N,), s).double()
     counters = 5, row_N, torch.zeros_like(row_N)
-    pool = max(k, num_samples), num_samples if is_x0 else 1
+    pool = _columns(model, "sampler", EDLMGenerationConfig(), k, num_samples)
     x0_NL = torch.tensor([x0]).expand(N, -1).contiguous()
-    moments = *times, *flags, torch.ones(N, dtype=torch.bool)
-    _, log_v_NG, log_w_NHK = _weigh(model, x0_NL, None, moments, (*pool, False), counters, None)
+    moments = *times, *flags, torch.ones(N, dtype=torch.bool), 4
+    _, log_v_NG, log_w_NHK = _weigh(model, x0_NL, None, moments, pool, counters)
     ratio_N = log_mean_ratio(log_v_NG, log_w_NHK, k, counters).exp()
     candidates = completions(FREE, filled)
     log_mu_C = log_mu(model, FREE, t, filled)
@@ -148,9 +151,10 @@ def test_the_inner_ratio_of_shared_completions_is_unbiased(energy_type, k, num_c
     model, x0, now, t, N = make_broad_toy(energy_type), (2, 0, 1), (0, 2), 0.75, 10_000
     flags = [torch.tensor([[j in places for j in range(3)]]).expand(N, -1) for places in ((0, 1, 2), now)]
     times, row_N = torch.full((N,), t).double(), torch.arange(N)
-    counters, moments = (5, row_N, torch.zeros_like(row_N)), (times, times, *flags, torch.ones(N, dtype=torch.bool))
+    counters, active_N = (5, row_N, torch.zeros_like(row_N)), torch.ones(N, dtype=torch.bool)
     x0_NL = torch.tensor([x0]).expand(N, -1).contiguous()
-    _, *weights = _weigh(model, x0_NL, None, moments, (k, num_completions, True), counters, None)
+    pool = _columns(model, "sampler", EDLMGenerationConfig(shared_completion=True), k, num_completions)
+    _, *weights = _weigh(model, x0_NL, None, (times, times, *flags, active_N, 4), pool, counters)
     ratio_N = log_mean_ratio(*weights, k, counters).exp()
     candidates = completions(FREE, now)
     index = [tuple(x[j] for j in now) for x in candidates].index((2, 1))
@@ -224,10 +228,11 @@ def test_the_published_form_has_its_own_expectation(energy_type):
         assert torch.equal(output.nll, output.nll_upper)
 
 
-class TwoBits(EDLMLikelihoodMixin):
+class TwoBits(EDLMLikelihoodMixin, ProposalMixin):
     """Two identical fair bits, entropy 1 bit: the exact denoiser, and the energy that makes p(x0 | xt) exact."""
 
-    energy_type, device = "nce", torch.device("cpu")
+    device, generation_config = torch.device("cpu"), EDLMGenerationConfig()
+    energy_type, scorer = "nce", Energy()
     config = SimpleNamespace(vocab_size=3, mask_token_id=2, max_position_embeddings=2, energy_target="x0")
 
     @property
@@ -237,7 +242,7 @@ class TwoBits(EDLMLikelihoodMixin):
     def modules(self):
         return []
 
-    def logit_chunks(self, xt_NL, where_NL, t, attention_mask):
+    def logit_chunks(self, xt_NL, where_NL, t=None, attention_mask=None):
         flat_M = where_NL.flatten().nonzero()[:, 0]
         other_M = xt_NL.flip(1).flatten()[flat_M]
         p_MV = torch.nn.functional.one_hot(other_M, 3).float()
@@ -330,7 +335,7 @@ def test_a_row_does_not_depend_on_its_batch(estimator):
     whole = model.likelihood(TEXTS, **settings, **FAST).nll
     parts = [
         model.likelihood(
-            TEXTS[i : i + 5], first_row=i, batch_size=4, energy_batch_size=7, energy_window=(1, 0), seed=1, **settings
+            TEXTS[i : i + 5], **settings, **FAST | {"first_row": i, "denoiser_batch_size": 4, "energy_batch_size": 7}
         ).nll
         for i in range(0, 27, 5)
     ]
@@ -358,7 +363,7 @@ def test_units():
         ({"num_samples": 0}, "num_samples must be an integer of at least 1, got 0"),
         ({"estimator": "paper", "num_samples": 1}, "num_samples must be an integer of at least 2, got 1"),
         ({"num_times": 0}, "num_times"),
-        ({"batch_size": 0}, "batch_size"),
+        ({"denoiser_batch_size": 0}, "denoiser_batch_size"),
         ({"input_ids": torch.tensor([[0, MASK, 1]])}, "without the mask token 3"),
         ({"input_ids": torch.tensor([[0, 9, 1]])}, "got 9"),
         ({"input_ids": torch.zeros(1, 4, dtype=torch.int64)}, "max_position_embeddings=3"),
@@ -386,14 +391,15 @@ def test_nan_is_named():
 
 def test_the_draws_are_not_those_of_generate(monkeypatch):
     """A text sampled with a seed may be scored with the same seed: the uniforms have nothing in common."""
-    import modeling_edlm.likelihood as likelihood
-    import modeling_edlm.proposal as module
+    seen, model = {}, make_toy("nce")
 
-    seen = {"generate": [], "likelihood": []}
-    for name, where in (("generate", module), ("likelihood", likelihood)):
-        monkeypatch.setattr(where, "draw", lambda p, u, name=name: seen[name].append(u.flatten()) or draw(p, u))
-    model = make_toy("nce")
+    def noted(name):
+        seen[name] = []
+        monkeypatch.setattr(proposal, "draw", lambda p, u: seen[name].append(u.flatten()) or draw(p, u))
+
+    noted("generate")
     x = model.generate(batch_size=8, seed=3, num_steps=4, num_candidates=4, energy_window=(1, 0))
+    noted("likelihood")
     model.likelihood(x, seed=3, num_steps=4, num_candidates=4, energy_window=(1, 0))
     sampled, scored = (set(torch.cat(u).tolist()) for u in seen.values())
     assert sampled and scored and not sampled & scored

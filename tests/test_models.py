@@ -18,7 +18,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_edlm import EDLMConfig, EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
 from modeling_edlm.backbone import CACHE, apply_linear
-from modeling_edlm.energy import causal_log_prob, nce_loss
+from modeling_edlm.energies import causal_log_prob
+from training.contrast import nce_loss
 
 SMALL = {"vocab_size": 12, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "cond_dim": 4}
 SMALL["max_position_embeddings"] = 16

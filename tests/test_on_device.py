@@ -9,9 +9,9 @@ import pytest
 import torch
 from toy import MASK
 
-from modeling_edlm import backbone, generation_edlm, proposal
+from modeling_edlm import backbone, proposal, sampler
 from modeling_edlm.backbone import Backbone
-from modeling_edlm.sampler import choose, draw
+from modeling_edlm.draws import choose, draw
 
 SMALL = "--device cpu --rows 2000 --dtypes float32 --modes eager --energies nce --num_candidates 1,8".split()
 TOP = (
@@ -68,7 +68,7 @@ def test_a_right_sampler(tmp_path, capsys):
 def test_a_wrong_sampler(tmp_path, monkeypatch, capsys, few_checks):
     """The sign of the energy: k = 1 has none, and all that has one is wrong, also when the file is read again."""
     few_checks("law", "same seed", "dtypes")
-    monkeypatch.setattr(generation_edlm, "choose", lambda energy_NK, *rest: choose(-energy_NK, *rest))
+    monkeypatch.setattr(sampler, "choose", lambda energy_NK, *rest: choose(-energy_NK, *rest))
     code, results = run(tmp_path)
     found = verdicts(results)
     assert code == 1 and found == {
@@ -83,7 +83,7 @@ def test_a_wrong_sampler(tmp_path, monkeypatch, capsys, few_checks):
 @pytest.mark.parametrize(
     "module, name, replacement, found",
     [
-        (generation_edlm, "choose", lambda energy_NK, *rest: choose(0 * energy_NK, *rest), {"power: nce, k=8": "bad"}),
+        (sampler, "choose", lambda energy_NK, *rest: choose(0 * energy_NK, *rest), {"power: nce, k=8": "bad"}),
         (proposal, "draw", lambda logits, u: draw(logits.bfloat16(), u), {"dtypes: draws, weights": "bad"}),
     ],
     ids=["no energy", "draws in bfloat16"],

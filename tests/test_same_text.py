@@ -33,7 +33,11 @@ def written(name: str) -> dict:
     energy_type, target, options = CASES[name]
     model = make_toy(energy_type, target, length=10)
     output = model.generate(return_dict_in_generate=True, **{"seed": 7} | options)
-    return {"sequences": output.sequences.tolist(), "nfe": output.nfe.tolist(), "energy_nfe": output.energy_nfe.tolist()}
+    return {
+        "sequences": output.sequences.tolist(),
+        "nfe": output.nfe.tolist(),
+        "energy_nfe": output.energy_nfe.tolist(),
+    }
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -7,7 +7,7 @@ import torch
 from scipy.stats import chi2, kstest
 
 from modeling_edlm.backbone import linear, suppress
-from modeling_edlm.sampler import choose, draw, uniforms
+from modeling_edlm.draws import choose, draw, uniforms
 from modeling_edlm.schedule import alpha, antithetic_times, conditioning, q_sample, reveal_steps, times
 from modeling_edlm.vocabulary import BLOCK, GATHERED, draw_projected, log_prob_projected
 

@@ -72,7 +72,7 @@ def test_the_step_energy_lies_beside_it(model, tokenizer):
     where_1L = torch.arange(x_1L.shape[1])[None] % 2 == 1
     xt_1L = x_1L.masked_fill(where_1L, tokenizer.mask_token_id)
     with torch.no_grad():
-        drawn_KL = edlm.denoiser.propose(xt_1L, where_1L, 16, seed=0, t=0.5)[0][0]
+        drawn_KL = edlm.denoiser.propose(xt_1L, where_1L, 16, (0, torch.zeros(1).long(), 0), 0.5).x_NKL[0]
         real = edlm.energy(x_1L, xt_1L, 0.0)
         energies = edlm.energy(drawn_KL, xt_1L.expand_as(drawn_KL), 0.0)
     assert real < energies.median()

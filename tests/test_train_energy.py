@@ -20,10 +20,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from modeling_edlm import EDLMConfig, EDLMEnergyModel, EDLMForMaskedLM, EDLMModel
 from modeling_edlm.adapter import checksum
-from modeling_edlm.energy import nce_loss, ranking_loss
 from modeling_edlm.likelihood import log_mean_ratio
 from training import adapt, compose, curves, memory, train_energy, trainer
-from training.contrast import draw_contrast, energies
+from training.contrast import draw_contrast, energies, nce_loss, ranking_loss
 from training.data import character_tokenizer, read_texts
 from training.energy_quality import calibration
 

@@ -333,7 +333,8 @@ def test_nce_finds_log_mu_minus_log_q(target, loss, num_negatives):
 
     for _ in range(1200):
         x0 = texts[torch.multinomial(consistent, rows, replacement=True)]
-        x_BKL, _ = model.denoiser.propose(xt, xt == MASK, num_negatives, int(torch.randint(2**62, ())), t=t)
+        counters = int(torch.randint(2**62, ())), torch.arange(rows), 0
+        x_BKL = model.denoiser.propose(xt, xt == MASK, num_negatives, counters, t).x_NKL
         optimizer.zero_grad()
         LOSSES[loss](*energies(network, x0, x_BKL, xt, times, None)).backward()
         optimizer.step()

@@ -4,11 +4,30 @@ Shapes: B rows of a micro-batch, J negatives of each row, P = (1 + J) B, G rows 
 """
 
 import torch
+from torch import nn
 
-from modeling_edlm.energy import nce_loss, ranking_loss
 from modeling_edlm.schedule import q_sample
 
 from .trainer import row_draws, step_seed
+
+
+def nce_loss(energy_data_N: torch.Tensor, energy_proposal: torch.Tensor) -> torch.Tensor:
+    """softplus(E(x+)) + softplus(-E(x-)), mean over rows: the NCE objective of EDLM, minimal at log mu - log q.
+
+    `energy_proposal` is (N,) or, with several negatives for each row, (N, J): their mean has the same minimum.
+    """
+    return nn.functional.softplus(energy_data_N).mean() + nn.functional.softplus(-energy_proposal).mean()
+
+
+def ranking_loss(energy_data_N: torch.Tensor, energy_proposal_NJ: torch.Tensor) -> torch.Tensor:
+    """-log of w(x+) / (w(x+) + w(x_1) + ... + w(x_J)) with w = exp(-E), mean over rows: conditional NCE.
+
+    But for log k it is what the energy adds to the sampler's bound with k = J + 1 candidates, so training lowers the
+    bound itself. Minimal at log mu - log q plus any function of xt, which no choice among candidates depends on.
+    Source: Ma and Collins 2018, arXiv 1809.01812.
+    """
+    return torch.cat((energy_data_N[:, None], energy_proposal_NJ), dim=1).neg().log_softmax(-1)[:, 0].neg().mean()
+
 
 LOSSES = {"nce": nce_loss, "ranking": ranking_loss}
 
@@ -40,8 +59,9 @@ def contrast(
     # the same uniforms: what is clean at t is clean at s < t too
     positive_BL = x0_BL if s_B is None else q_sample(x0_BL, s_B, u_BL, mask)
     filled_BL = (xt_BL == mask) & (positive_BL != mask)
-    negatives_BJL, _ = denoiser.propose(xt_BL, filled_BL.cpu(), num_negatives, seed, rows_B, t=t_B)
-    return positive_BL, negatives_BJL, xt_BL
+    rows_B = torch.arange(len(x0_BL)) if rows_B is None else rows_B
+    proposal = denoiser.propose(xt_BL, filled_BL.cpu(), num_negatives, (seed, rows_B, 0), t_B)
+    return positive_BL, proposal.x_NKL, xt_BL
 
 
 def step_times(t_G: torch.Tensor, seed: int, target: str) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -11,11 +11,10 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from modeling_edlm import EDLMModel
-from modeling_edlm.energy import nce_loss, ranking_loss
+from modeling_edlm.draws import effective_sample_size
 from modeling_edlm.likelihood import likelihood_terms, mean_and_stderr
-from modeling_edlm.sampler import effective_sample_size
 
-from .contrast import accuracy, draw_contrast, energies
+from .contrast import accuracy, draw_contrast, energies, nce_loss, ranking_loss
 from .trainer import step_seed
 
 NUM_BUCKETS = 5  # of t
@@ -114,7 +113,7 @@ def sampler_gains(model, denoiser, blocks, arguments, accelerator) -> list[dict]
                 num_steps=num_steps,
                 energy_window=(1.0, 0.0),
                 num_samples=NUM_CANDIDATES,
-                batch_size=arguments.batch_size,
+                denoiser_batch_size=arguments.batch_size,
                 num_times=2,
             )
         bits = math.log(2) * x0_BL.shape[1]

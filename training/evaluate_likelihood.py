@@ -326,8 +326,10 @@ class Parts:
                     x0_BL,
                     estimator=job.estimator,
                     first_row=first,
-                    batch_size=self.arguments.batch_size,
-                    energy_batch_size=self.arguments.energy_batch_size,
+                    generation_config=EDLMGenerationConfig(
+                        denoiser_batch_size=self.arguments.batch_size,
+                        energy_batch_size=self.arguments.energy_batch_size,
+                    ),
                     **self.options(job),
                 )
                 arrays = {name: getattr(terms, name) for name in ("t_BJ", "mdlm_BJ", "nll_BJC", "ess_BJC")}

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_edlm import EDLMGenerationConfig, EDLMModel
-from modeling_edlm.energy import causal_log_prob
+from modeling_edlm.energies import causal_log_prob
 
 from . import metrics
 from .components import COMPLETIONS, KINDS, body_parameters, with_energy

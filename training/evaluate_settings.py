@@ -137,6 +137,7 @@ def bounds(model: EDLMModel, x0_BL: torch.Tensor, characters_B, num_steps: int, 
         likelihood_terms(
             model,
             x0_BL[b : b + 1],
+            generation_config=EDLMGenerationConfig(),  # of the proposal as it is, and before any revision
             settings=[(k, 1.0) for k in ks],
             num_steps=num_steps,
             energy_window=(1.0, 0.0),

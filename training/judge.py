@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from modeling_edlm.energy import causal_log_prob
+from modeling_edlm.energies import causal_log_prob
 
 from .metrics import LN2, real_word_share
 

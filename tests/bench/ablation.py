@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 import modeling_edlm.backbone
-import modeling_edlm.energy
+import modeling_edlm.energies
 import modeling_edlm.generation_edlm
 import modeling_edlm.proposal
 from modeling_edlm import EDLMModel
@@ -69,7 +69,7 @@ def all_different(x_NKL):
     return P, P
 
 
-MODULES = modeling_edlm.backbone, modeling_edlm.proposal, modeling_edlm.energy, modeling_edlm.generation_edlm
+MODULES = modeling_edlm.backbone, modeling_edlm.proposal, modeling_edlm.energies, modeling_edlm.generation_edlm
 table = (MODULES[0].Head, "is_large", property(lambda self: False))
 WITHOUT = {  # what is replaced by what; draws from a table need the table
     "all of them": (),
@@ -107,7 +107,7 @@ def candidates(arguments: AblationArguments) -> list[dict]:
         for name, replacement in (("distinct", None), ("all", all_different)):
             with ExitStack() as stack:
                 if replacement is not None:
-                    stack.enter_context(patch.object(modeling_edlm.energy, "distinct", replacement))
+                    stack.enter_context(patch.object(modeling_edlm.energies, "distinct", replacement))
                 start = time.perf_counter()
                 output = model.generate(**options)
                 row[name] = {

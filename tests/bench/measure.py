@@ -17,6 +17,7 @@ import torch
 import modeling_edlm.generation_edlm
 import modeling_edlm.modeling_edlm
 import modeling_edlm.proposal
+import modeling_edlm.sampler
 import modeling_edlm.vocabulary
 from modeling_edlm import EDLMConfig, EDLMGenerationConfig, EDLMModel
 from modeling_edlm.generation_edlm import Watch
@@ -73,7 +74,7 @@ def stage_targets(model: EDLMModel) -> list[Target]:
         (modeling_edlm.proposal, "draw", "draw"),
         (modeling_edlm.modeling_edlm, "draw_projected", "draw"),
         (modeling_edlm.vocabulary, "project", "projection"),
-        (modeling_edlm.generation_edlm, "candidate_energies", "energy"),
+        (modeling_edlm.sampler, "candidate_energies", "energy"),
     ]
 
 

@@ -1,15 +1,117 @@
-"""The three energies of EDLM (arXiv 2410.21357): autoregressive, carry-over autoregressive, and NCE. Knows no sampler.
+"""Energies of EDLM (arXiv 2410.21357): autoregressive, carry-over autoregressive, NCE, and any function. No sampler.
 
 An energy takes a candidate x and the masked state xt it was proposed for and gives one scalar per sequence; low is
 good: p(x | xt) is proportional to mu(x | xt) exp(-E). x is a full x0, or the next state xs for a step energy.
-Shapes: N rows, L length, D hidden size, V vocabulary, M selected positions (flat indices into N * L).
+Shapes: N rows, K candidates, L length, V vocabulary, M selected positions (flat indices into N * L).
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from .backbone import Backbone, Head, ZeroLinear, apply_linear, position_chunks, prepend_bos, suppress
+from .backbone import position_chunks, suppress
 from .vocabulary import log_prob_projected
+
+
+class Energy:
+    """What an energy looks at, and the energies of candidates: what the sampler needs to know of it.
+
+    Attributes:
+        target: "x0", a full candidate, with the time of xt; or "xs", the next state, with the time of that.
+        network: the module whose size says how many candidates fit into one pass.
+        is_of_text: whether E = log mu(x | xt) plus a function of the text alone: the corrector then knows the present
+            text's part of it, and leaves the law proportional to exp(-that part) as it is.
+        needs_log_mu: whether it reads log mu(x | xt).
+    """
+
+    target, is_of_text, needs_log_mu = "x0", False, False
+    network: nn.Module
+
+    def __call__(self, x_NL, xt_NL, t, attention_mask, log_mu_N) -> torch.Tensor:
+        """Energies (N,) float32 of candidates x of the states xt, given t, scalar or (N,), and log mu(x | xt)."""
+        raise NotImplementedError
+
+    def time(self, t, s):
+        """Which of the times of a step, of xt and of the next state, it is given."""
+        return t if self.target == "x0" else s
+
+
+class AutoregressiveEnergy(Energy):
+    """E = log mu(x0 | xt) - log p_AR(x0), of a causal language model whose texts start with its BOS."""
+
+    is_of_text, needs_log_mu = True, True
+
+    def __init__(self, network: nn.Module, mask_token_id: int):
+        self.network, self.mask_token_id = network, mask_token_id
+
+    def counted(self, xt_NL: torch.Tensor) -> torch.Tensor | None:
+        """Which tokens of p_AR count, (N, L) bool; None: all."""
+        return None
+
+    def __call__(self, x_NL, xt_NL, t, attention_mask, log_mu_N):
+        bos = self.network.config.get_text_config().bos_token_id
+        where_NL = self.counted(xt_NL)
+        return log_mu_N - causal_log_prob(self.network, x_NL, where_NL, bos, self.mask_token_id, attention_mask)
+
+
+class CarryOverEnergy(AutoregressiveEnergy):
+    """coAR: of the tokens that are masked in xt alone, whose conditionals p_AR(x0_i | x0_{<i}) they are. Z is 1."""
+
+    is_of_text = False
+
+    def counted(self, xt_NL):
+        return xt_NL == self.mask_token_id
+
+
+class NCEEnergy(Energy):
+    """That of an `EDLMEnergyModel`."""
+
+    def __init__(self, network: nn.Module):
+        self.network, self.target = network, network.config.energy_target
+
+    def __call__(self, x_NL, xt_NL, t, attention_mask, log_mu_N):
+        return self.network(x_NL, xt=xt_NL, t=t, attention_mask=attention_mask).logits[:, 0]
+
+
+class FunctionEnergy(Energy):
+    """Any function with the arguments of `Energy.__call__`; `network` is one whose passes are about as large."""
+
+    def __init__(self, function: Callable, target: str, network: nn.Module):
+        self.function, self.target, self.network = function, target, network
+
+    def __call__(self, x_NL, xt_NL, t, attention_mask, log_mu_N):
+        energy_N = self.function(x_NL, xt_NL, t, attention_mask, log_mu_N)
+        if not isinstance(energy_N, torch.Tensor) or energy_N.shape != log_mu_N.shape:
+            what = getattr(energy_N, "shape", type(energy_N).__name__)
+            raise ValueError(f"energy must give a tensor {tuple(log_mu_N.shape)}, one for each candidate, got {what}")
+        return energy_N.float()
+
+
+def network_energy(energy_type: str, network: nn.Module | None, mask_token_id: int) -> Energy | None:
+    """The energy of a network by the `energy_type` of a configuration; None for "none"."""
+    if energy_type in ("none", "nce"):
+        return None if energy_type == "none" else NCEEnergy(network)
+    return {"ar": AutoregressiveEnergy, "coar": CarryOverEnergy}[energy_type](network, mask_token_id)
+
+
+def check_vocabulary(vocab_size: int, mask_token_id: int, theirs) -> None:
+    """Raises ValueError unless the token ids of an energy with the configuration `theirs` are those of the denoiser. A
+    network of another library may lack the mask token if it is the last id.
+    """
+    sizes = theirs.get_text_config()
+    fits = sizes.vocab_size == vocab_size
+    if theirs.model_type == "edlm":
+        fits = fits and theirs.mask_token_id == mask_token_id
+    elif sizes.vocab_size == vocab_size - 1:
+        fits = mask_token_id == sizes.vocab_size
+    if not fits:
+        raise ValueError(
+            f"energy has vocab_size {sizes.vocab_size}, the denoiser has {vocab_size} with mask_token_id "
+            f"{mask_token_id}: both must use the same tokenizer"
+        )
+    if getattr(sizes, "bos_token_id", None) is None:
+        raise ValueError(f"energy ({sizes.model_type}) has bos_token_id None: set the id that starts its texts")
 
 
 def causal_log_prob(
@@ -61,53 +163,6 @@ def causal_log_prob(
     return log_p_NL.sum(-1)
 
 
-class EnergyNetwork(nn.Module):
-    """The NCE energy: both token sequences embedded, joined by a projection, read by bidirectional blocks.
-
-    `energy_pooling="mean"` is the published form: hidden states averaged over all positions, then the scalar head.
-    `"sum"` gives every position its scalar and adds those that are masked in xt and given in x. With `backbone` the
-    blocks are not its own.
-    """
-
-    def __init__(self, config, backbone: Backbone | None = None):
-        super().__init__()
-        self.config = config
-        self.backbone = Backbone(config, num_layers=config.energy_num_layers) if backbone is None else backbone
-        self.projection = nn.Linear(2 * config.hidden_size, config.hidden_size)
-        self.head = Head(config, config.hidden_size, zero=False)
-        self.fc1 = nn.Linear(config.hidden_size, config.hidden_size)
-        # starts at zero: an untrained energy leaves the proposal as it is
-        self.fc2 = ZeroLinear(config.hidden_size, 1, bias=False)
-
-    def forward(
-        self,
-        x_NL: torch.Tensor,
-        xt_NL: torch.Tensor,
-        noise_N: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Energies (N,) float32 of x_NL (x0, or xs with masks left) as a completion of xt_NL."""
-        if self.config.prepend_bos:
-            x_NL, _ = prepend_bos(x_NL, self.config.bos_token_id)
-            xt_NL, attention_mask = prepend_bos(xt_NL, self.config.bos_token_id, attention_mask)
-        embed = self.backbone.embedding
-        joined_NLD = apply_linear(self.projection, torch.cat((embed(xt_NL), embed(x_NL)), dim=-1))
-        if self.config.energy_pooling == "mean":
-            y_NLD = self.head(*self.backbone(inputs_embeds=joined_NLD, noise_N=noise_N, attention_mask=attention_mask))
-            weight_NL = torch.ones_like(x_NL) if attention_mask is None else attention_mask
-            weight_NL1 = (weight_NL / weight_NL.sum(-1, keepdim=True))[..., None].to(y_NLD.dtype)
-            return self.scalar((y_NLD * weight_NL1).sum(1))[:, 0].float()
-        is_revealed = (xt_NL == self.config.mask_token_id) & (x_NL != self.config.mask_token_id)
-        where_NL = is_revealed.cpu()
-        hidden = self.backbone(None, noise_N, attention_mask, inputs_embeds=joined_NLD, where_NL=where_NL)
-        positions_M = where_NL.flatten().nonzero()[:, 0].to(x_NL.device, non_blocking=True)
-        scalar_M = self.scalar(self.head(*hidden, positions_M))[:, 0].float()
-        return scalar_M.new_zeros(x_NL.numel()).scatter(0, positions_M, scalar_M).view(x_NL.shape).sum(-1)
-
-    def scalar(self, y: torch.Tensor) -> torch.Tensor:
-        return self.fc2(nn.functional.relu(self.fc1(y)))
-
-
 def candidate_energies(
     energy,
     x_NKL: torch.Tensor,
@@ -145,21 +200,3 @@ def distinct(x_NKL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     is_first_P = (first_NK == candidate_K).flatten()
     start_N1 = torch.arange(N, device=x_NKL.device)[:, None] * K
     return is_first_P.nonzero()[:, 0], (is_first_P.cumsum(0) - 1)[(first_NK + start_N1).flatten()]
-
-
-def nce_loss(energy_data_N: torch.Tensor, energy_proposal: torch.Tensor) -> torch.Tensor:
-    """softplus(E(x+)) + softplus(-E(x-)), mean over rows: the NCE objective of EDLM, minimal at log mu - log q.
-
-    `energy_proposal` is (N,) or, with several negatives for each row, (N, J): their mean has the same minimum.
-    """
-    return nn.functional.softplus(energy_data_N).mean() + nn.functional.softplus(-energy_proposal).mean()
-
-
-def ranking_loss(energy_data_N: torch.Tensor, energy_proposal_NJ: torch.Tensor) -> torch.Tensor:
-    """-log of w(x+) / (w(x+) + w(x_1) + ... + w(x_J)) with w = exp(-E), mean over rows: conditional NCE.
-
-    But for log k it is what the energy adds to the sampler's bound with k = J + 1 candidates, so training lowers the
-    bound itself. Minimal at log mu - log q plus any function of xt, which no choice among candidates depends on.
-    Source: Ma and Collins 2018, arXiv 1809.01812.
-    """
-    return torch.cat((energy_data_N[:, None], energy_proposal_NJ), dim=1).neg().log_softmax(-1)[:, 0].neg().mean()
