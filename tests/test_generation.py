@@ -94,6 +94,26 @@ def test_law_in_a_batch_of_mixed_prompts(energy_type):
     assert output.nfe[4::5].max() == 0  # nothing to fill, nothing spent
 
 
+@pytest.mark.parametrize("energy", ["none", "coar", "step"])
+@pytest.mark.parametrize(("num_steps", "block_length"), [(4, 2), (3, 2), (3, 1), (2, 5)])
+def test_law_of_blocks(energy, num_steps, block_length):
+    """From left to right, each in its part of time; with 3 steps for 2 blocks, one step belongs to both."""
+    model = make_toy("nce" if energy == "step" else energy, "xs" if energy == "step" else "x0", length=4)
+    options = {"num_steps": num_steps, "num_candidates": 1 if energy == "none" else 3, "energy_window": (1.0, 0.0)}
+    start = (MASK, 1, MASK, MASK)
+    law = chain_law(model, start, num_steps, options["num_candidates"], block_length=block_length)
+    sequences = sample(model, start, block_length=block_length, **options)
+    assert p_value(sequences, law) > ALPHA
+    if block_length < 3:  # the test can tell
+        assert p_value(sample(model, start, **options), law) < ALPHA
+    given = torch.tensor([[0, MASK, 2, MASK, MASK, 1]]).repeat(50, 1)
+    output = make_toy(length=6).generate(
+        given, num_steps=6, block_length=2, seed=0, output_history=True, return_dict_in_generate=True
+    )
+    order = torch.stack([(state == MASK)[:, [1, 3, 4]].sum(0) for state in output.history])  # 3 and 1 share a block
+    assert (order[4:, :2] == 0).all() and (order[:5, 2] == 50).all() and order[-1].sum() == 0
+
+
 def test_more_candidates_approach_the_edlm_posterior():
     """One step from all mask: p_k goes to mu exp(-E) / Z, in the enumerated law and in the samples."""
     model = make_toy("nce")

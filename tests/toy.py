@@ -96,21 +96,35 @@ def law_shared(model, state: tuple, now: tuple, t: float, s: float, k: int, tau:
     return total
 
 
+def block_parts(free: tuple, block_length: int | None) -> dict[int, tuple[float, float]]:
+    """The part of [0, 1) in which each free position is revealed."""
+    F, b = len(free), block_length or max(len(free), 1)
+    starts = [rank // b * b for rank in range(F)]
+    return {p: (start / F, min(start + b, F) / F) for p, start in zip(free, starts, strict=True)}
+
+
+def overlap(part: tuple, low: float, high: float) -> float:
+    """The share of a part of time that lies between two times."""
+    return max(0.0, min(part[1], high) - max(part[0], low)) / (part[1] - part[0])
+
+
 def chain_law(
-    model, start: tuple, num_steps: int, k: int, window=(1.0, 0.0), law=law_p_k, shared=False
+    model, start: tuple, num_steps: int, k: int, window=(1.0, 0.0), law=law_p_k, shared=False, block_length=None
 ) -> dict[tuple, float]:
     """Exact distribution of what the sampler returns from `start`, by dynamic programming over the states."""
     dist, target = {start: 1.0}, model.config.energy_target
+    parts = block_parts(tuple(p for p, v in enumerate(start) if v == MASK), block_length)
     for i in range(num_steps):
         t, s = 1 - i / num_steps, 1 - (i + 1) / num_steps
-        reveal, active = (t - s) / t, k > 1 and window[1] - 1e-9 <= t <= window[0] + 1e-9
+        active = k > 1 and window[1] - 1e-9 <= t <= window[0] + 1e-9
+        reveal = {p: overlap(part, 1 - t, 1 - s) / (overlap(part, 1 - t, 1) or 1) for p, part in parts.items()}
         following = defaultdict(float)
         for state, p_state in dist.items():
             masked = tuple(p for p, v in enumerate(state) if v == MASK)
             for size in range(len(masked) + 1):
                 for now in itertools.combinations(masked, size):
-                    p_now = reveal ** len(now) * (1 - reveal) ** (len(masked) - len(now))
-                    if p_now == 0:
+                    p_now = math.prod(reveal[p] if p in now else 1 - reveal[p] for p in masked)
+                    if p_now < 1e-12:
                         continue
                     filled = masked if active and target == "x0" and not shared else now
                     log_mu_C = log_mu(model, state, t, filled) if filled else torch.zeros(1, dtype=torch.float64)
@@ -160,7 +174,14 @@ def total_variation(p: dict, q: dict) -> float:
 
 
 def path_bounds(
-    model, texts: list[tuple], num_steps: int, k: int, window=(1.0, 0.0), tau: float = 1.0, shared=False
+    model,
+    texts: list[tuple],
+    num_steps: int,
+    k: int,
+    window=(1.0, 0.0),
+    tau: float = 1.0,
+    shared=False,
+    block_length=None,
 ) -> torch.Tensor:
     """For each text, the sum over the steps of E[-log p_k(x0_S | xt)] in nats, xt and S as the sampler draws them: the
     bound on -log p(x0) that `likelihood` tends to as its inner samples grow."""
@@ -177,17 +198,23 @@ def path_bounds(
 
     totals = []
     for x0 in texts:
-        total = 0.0
+        total, parts = 0.0, block_parts(tuple(range(len(x0))), block_length)
         for i, masked in itertools.product(range(num_steps), subsets(range(len(x0)))):
             t, s = 1 - i / num_steps, 1 - (i + 1) / num_steps
             active = k > 1 and window[1] - 1e-9 <= t <= window[0] + 1e-9
             state = tuple(MASK if j in masked else v for j, v in enumerate(x0))
             for now in subsets(masked)[1:]:
-                p = (t - s) ** len(now) * s ** (len(masked) - len(now)) * (1 - t) ** (len(x0) - len(masked))
-                if p > 0:
+                p = math.prod(
+                    overlap(part, 1 - t, 1 - s)
+                    if j in now
+                    else overlap(part, *((1 - s, 1) if j in masked else (0, 1 - t)))
+                    for j, part in parts.items()
+                )
+                if p > 1e-12:
                     filled = masked if active and model.config.energy_target == "x0" and not shared else now
                     hits = [all(x[j] == x0[j] for j in now) for x in completions(state, filled)]
-                    total -= p * math.log(float(law(state, filled, i, active)[torch.tensor(hits)].sum()))
+                    p_hit = float(law(state, filled, i, active)[torch.tensor(hits)].sum())
+                    total -= p * (math.log(p_hit) if p_hit else -math.inf)
         totals.append(total)
     return torch.tensor(totals, dtype=torch.float64)
 
