@@ -19,7 +19,7 @@ RESULTS = HUB_CARDS / "results"
 BASE, STORIES = WHOLE = "edlm-wiki27", "edlm-stories"  # with a denoiser of their own; the others are energies of BASE
 # The files that the numbers of a card come from; they are published with it.
 SHIPPED = {
-    "edlm-stories": ("edlm-stories.json", "settings-stories.json"),
+    "edlm-stories": ("edlm-stories.json", "settings-stories.json", "edlm-stories-seed-2.json"),
     "edlm-wiki27": ("edlm-wiki27.json", "likelihood-wiki27.json", "denoiser-from-scratch.jsonl"),
     "edlm-wiki27-step": ("edlm-wiki27-step.jsonl", "likelihood-wiki27.json"),
     "edlm-wiki27-light": ("edlm-wiki27-light.jsonl", "likelihood-wiki27-light.json"),
@@ -162,8 +162,9 @@ def settings_facts(settings: dict) -> dict:
 
 
 def stories_card(names: Names) -> Card:
-    results_file, settings_file = SHIPPED[names.name]
+    results_file, settings_file, fresh_file = SHIPPED[names.name]
     results, config = read_json(RESULTS / results_file), read_json(HUB_CARDS / names.name / MODEL)
+    fresh = read_json(RESULTS / fresh_file)
     sizes = ("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
     as_they_are = ("parameters", "num_samples", "num_shown", "seed", "dtype", "samplers", "lead", "defaults")
     training, texts = {}, {}
@@ -186,6 +187,7 @@ def stories_card(names: Names) -> Card:
         "training": training,
         "hours": sum(run["minutes"] for runs in training.values() for run in runs) / 60,
         "texts": texts,
+        "fresh": {name: fresh[name] for name in ("num_samples", "seed", "lead")},
         "files": names.link(results_file),
         "settings": settings_facts(settings)
         | {"command": names.command(settings["command"]), "file": names.link(settings_file)},

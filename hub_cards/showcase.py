@@ -5,7 +5,7 @@
 
 Texts of the autoregressive model, of MDLM and of EDLM with the folder's defaults, at one temperature; MDLM has as many
 passes as EDLM, or as many as it can use: free ones, continued prompts, and a filled gap. Runs are added to those that
-the file has already, part by part. A chart of the runs lies beside it.
+the file has already, part by part. A chart of the runs, if there are any, lies beside it.
 """
 
 import time
@@ -236,12 +236,14 @@ def main(argv: list[str] | None = None) -> None:
         "training": add_runs(earlier.get("training", {}), arguments),
     }
     write_json(out, results)
-    write_whole(out.with_suffix(".png"), lambda path: plot(results["training"], path))
+    if results["training"]:
+        write_whole(out.with_suffix(".png"), lambda path: plot(results["training"], path))
+        print(f"chart: {out.with_suffix('.png')}")
     for sampler, row in samplers.items():
         print(f"{sampler}: judge {row['judge']['mean']:.3f} +- {row['judge']['stderr']:.3f} bits per character, "
               f"known words {row['known_words']['mean']:.3f} +- {row['known_words']['stderr']:.3f}, "
               f"{row['passes']:.0f} passes, {row['seconds_per_sample']:.2f} s")  # fmt: skip
-    print(f"results: {out}\nchart: {out.with_suffix('.png')}")
+    print(f"results: {out}")
 
 
 def text(x_L: torch.Tensor, writer: Writer) -> str:

@@ -9,6 +9,7 @@ from transformers import (
 )
 
 from .configuration_edlm import EDLMConfig
+from .foreign import ForeignModel
 from .generation_edlm import EDLMGenerationConfig, EDLMGenerationOutput
 from .likelihood import EDLMLikelihoodOutput
 from .modeling_edlm import EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel, EDLMPreTrainedModel
@@ -36,4 +37,5 @@ __all__ = [
     "EDLMLikelihoodOutput",
     "EDLMModel",
     "EDLMPreTrainedModel",
+    "ForeignModel",
 ]

@@ -95,6 +95,30 @@ def network_energy(energy_type: str, network: nn.Module | None, mask_token_id: i
     return {"ar": AutoregressiveEnergy, "coar": CarryOverEnergy}[energy_type](network, mask_token_id)
 
 
+class EnergyMixin:
+    """`energy()` for a class with a `scorer`, `log_p_x0()` and `config.mask_token_id`."""
+
+    def energy(self, x, xt, t=None, attention_mask=None, log_mu=None) -> torch.Tensor:
+        """Energy of candidates, lower is better.
+
+        Args:
+            x: (N, L) candidates: x0, or xs for `energy_target="xs"`. xt: (N, L) the state they were proposed for.
+            t: time of xt (of xs for a step energy), scalar or (N,); read only by networks with time conditioning.
+            log_mu: (N,) log mu(x | xt) where the caller knows it already; only the AR energies need it.
+        Returns:
+            (N,) float32; zeros without an energy. Source: EDLM (arXiv 2410.21357).
+        """
+        if (scorer := self.scorer) is None:
+            return torch.zeros(x.shape[0], device=x.device)
+        if log_mu is None and scorer.needs_log_mu:
+            masked_NL = xt == self.config.mask_token_id
+            if attention_mask is not None:
+                masked_NL &= attention_mask.bool()
+            log_p_NL = self.log_p_x0(xt, t, attention_mask).gather(-1, x[..., None])[..., 0]
+            log_mu = torch.where(masked_NL, log_p_NL, 0.0).sum(-1)
+        return scorer(x, xt, t, attention_mask, log_mu)
+
+
 def check_vocabulary(vocab_size: int, mask_token_id: int, theirs) -> None:
     """Raises ValueError unless the token ids of an energy with the configuration `theirs` are those of the denoiser. A
     network of another library may lack the mask token if it is the last id.

@@ -15,7 +15,7 @@ from transformers.utils import can_return_tuple
 from .adapter import DESCRIPTION, energy_fields, find_adapter, load_adapter, save_adapter
 from .backbone import CACHE, Backbone, Head, initialize, log_probs, position_chunks, prepend_bos, suppress, twin
 from .configuration_edlm import EDLMConfig
-from .energies import Energy, check_vocabulary, network_energy
+from .energies import Energy, EnergyMixin, check_vocabulary, network_energy
 from .energy_network import EnergyNetwork
 from .generation_edlm import EDLMGenerationConfig, EDLMGenerationMixin
 from .likelihood import EDLMLikelihoodMixin
@@ -326,7 +326,7 @@ class EDLMEnergyModel(EDLMPreTrainedModel):
         return SequenceClassifierOutput(logits=energy_N[:, None])
 
 
-class EDLMModel(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMixin):
+class EDLMModel(EDLMPreTrainedModel, EnergyMixin, EDLMGenerationMixin, EDLMLikelihoodMixin):
     """Denoiser and energy: p(x0 | xt) = mu(x0 | xt) exp(-E(x0, xt, t)) / Z(xt), the residual form of EDLM."""
 
     base_model_prefix = "denoiser"
@@ -458,26 +458,6 @@ class EDLMModel(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMixin):
     def log_p_x0(self, xt, t=None, attention_mask=None) -> torch.Tensor:
         """SUBS log-probabilities (N, L, V) of the denoiser, float32."""
         return self.denoiser.log_p_x0(xt, t, attention_mask)
-
-    def energy(self, x, xt, t=None, attention_mask=None, log_mu=None) -> torch.Tensor:
-        """Energy of candidates, lower is better.
-
-        Args:
-            x: (N, L) candidates: x0, or xs for `energy_target="xs"`. xt: (N, L) the state they were proposed for.
-            t: time of xt (of xs for a step energy), scalar or (N,); read only by networks with time conditioning.
-            log_mu: (N,) log mu(x | xt) where the caller knows it already; only the AR energies need it.
-        Returns:
-            (N,) float32; zeros for `energy_type="none"`. Source: EDLM (arXiv 2410.21357).
-        """
-        if (scorer := self.scorer) is None:
-            return torch.zeros(x.shape[0], device=x.device)
-        if log_mu is None and scorer.needs_log_mu:
-            masked_NL = xt == self.config.mask_token_id
-            if attention_mask is not None:
-                masked_NL &= attention_mask.bool()
-            log_p_NL = self.log_p_x0(xt, t, attention_mask).gather(-1, x[..., None])[..., 0]
-            log_mu = torch.where(masked_NL, log_p_NL, 0.0).sum(-1)
-        return scorer(x, xt, t, attention_mask, log_mu)
 
 
 def _keep(part: nn.Module | None) -> nn.Module | None:

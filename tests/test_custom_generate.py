@@ -213,7 +213,7 @@ SMALL = {"vocab_size": 12, "hidden_size": 16, "num_hidden_layers": 1, "num_atten
         ({"mask_token_id": 12}, r"mask_token_id must lie in \[0, 12\), got 12"),
         ({"max_length": 17}, "17 tokens, more than max_position_embeddings=16"),
         ({"energy": 3}, "energy must be a model, a function or the name.*3"),
-        ({"energy": make_gpt2(20)}, "energy has vocab_size 20, the model has 12 with mask_token_id 11"),
+        ({"energy": make_gpt2(20)}, "energy has vocab_size 20, the denoiser has 12 with mask_token_id 11"),
         ({"energy": make_gpt2(11), "mask_token_id": 4}, "energy has vocab_size 11.*mask_token_id 4"),
         ({"energy": EDLMForCausalLM(EDLMConfig(**SMALL, mask_token_id=3))}, "energy has vocab_size 12"),
         ({"energy": EDLMModel(EDLMConfig(**SMALL))}, "got an EDLMModel"),
@@ -342,7 +342,14 @@ def run_remote(tmp_path: Path, code: str, *arguments) -> dict:
 def test_assembled_folders_hold_what_is_imported_and_nothing_else(tmp_path):
     assemble = load_script(ROOT / "hub_cards" / "assemble.py")
     code = assemble.generate_code()
-    assert {"generate.py", "generation_edlm.py", "energy.py", "proposal.py", "sampler.py"} <= code.keys()
+    assert {
+        "generate.py",
+        "generation_edlm.py",
+        "energies.py",
+        "foreign.py",
+        "proposal.py",
+        "sampler.py",
+    } <= code.keys()
     assert not {"modeling_edlm.py", "configuration_edlm.py", "custom_generate.py"} & code.keys()
     assert "custom_generate.py" not in assemble.model_code() and "pipeline_edlm.py" in assemble.model_code()
     folder = tmp_path / "custom_generate"

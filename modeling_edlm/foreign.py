@@ -1,0 +1,178 @@
+"""Masked language models of other classes as denoisers, with any energy: `generate()`, `revise()` and `likelihood()`.
+
+    bert = BertForMaskedLM.from_pretrained("...")
+    model = ForeignModel(bert, energy=causal_lm, energy_type="coar", mask_token_id=tokenizer.mask_token_id)
+    model.generate(tokenizer("A [MASK] [MASK].", return_tensors="pt").input_ids, num_steps=2, num_candidates=4)
+
+Shapes: N rows, R rows in one pass, L length, V vocabulary, M selected positions (flat in N * L; in R * L for P).
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from .backbone import position_chunks, suppress
+from .energies import EnergyMixin, FunctionEnergy, check_vocabulary, network_energy
+from .generation_edlm import EDLMGenerationConfig, EDLMGenerationMixin, own_config
+from .likelihood import EDLMLikelihoodMixin
+from .proposal import ProposalMixin
+
+
+def load_energy(path: str, **kwargs) -> PreTrainedModel:
+    """The causal language model, or else the NCE energy, of a folder or Hub repo."""
+    config = AutoConfig.from_pretrained(path, **kwargs)
+    is_nce = config.model_type == "edlm" and config.energy_type == "nce"
+    return (AutoModelForSequenceClassification if is_nce else AutoModelForCausalLM).from_pretrained(path, **kwargs)
+
+
+class Denoiser(nn.Module, ProposalMixin):
+    """A masked language model of any class as mu(x0 | xt).
+
+    Args:
+        model: `model(input_ids=, attention_mask=).logits` (N, L, V). Texts are put to the left of their padding first.
+        logits_shift: the logits of a token stand so many positions to the left of it: 0 in BERT, LLaDA and their kin, 1
+            in models that were autoregressive once (Dream). The first token has the first position's logits then.
+        num_tokens: ids from here on are padding of the vocabulary and never drawn; None: all are tokens.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, mask_token_id: int, logits_shift: int = 0, num_tokens: int | None = None
+    ):
+        super().__init__()
+        self.vocab_size = model.config.get_text_config().vocab_size
+        if not 0 <= logits_shift <= 1:
+            raise ValueError(f"logits_shift must be 0 or 1, got {logits_shift}")
+        if num_tokens is not None and not 0 < num_tokens <= self.vocab_size:
+            raise ValueError(f"num_tokens must lie in [1, {self.vocab_size}], got {num_tokens}")
+        self.model, self.mask_token_id = model, mask_token_id
+        self.logits_shift, self.num_tokens = logits_shift, num_tokens
+        self.takes_time = model.config.model_type == "edlm"
+        width = getattr(model.config.get_text_config(), "hidden_size", None)  # remote code has other names for it
+        sizes = SimpleNamespace(hidden_size=width or model.get_input_embeddings().weight.shape[-1])
+        self.config = SimpleNamespace(get_text_config=lambda: sizes)  # all that `rows_at_once` reads
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def logit_chunks(self, xt_NL, where_NL, t=None, attention_mask=None):
+        L, device = xt_NL.shape[1], xt_NL.device
+        order_NL = torch.arange(L, device=device).expand_as(xt_NL)
+        if attention_mask is not None:  # the text first: many models count positions from the left end, padding or not
+            order_NL = attention_mask.argsort(dim=-1, descending=True, stable=True)
+            xt_NL, attention_mask = xt_NL.gather(1, order_NL), attention_mask.gather(1, order_NL)
+            where_NL = where_NL.gather(1, order_NL.cpu())
+        for now_R in position_chunks(where_NL.any(-1).nonzero()[:, 0], L * self.vocab_size):
+            where_P = where_NL[now_R].flatten().nonzero()[:, 0].to(device)
+            now_R = now_R.to(device)
+            mask_RL = None if attention_mask is None else attention_mask[now_R]
+            time = {"t": t[now_R] if isinstance(t, torch.Tensor) else t} if self.takes_time else {}
+            logits_RLV = self.model(input_ids=xt_NL[now_R], attention_mask=mask_RL, **time).logits
+            row_P, place_P = where_P // L, where_P % L
+            logits_PV = logits_RLV[row_P, (place_P - self.logits_shift).clamp(min=0)]
+            logits_PV = suppress(logits_PV, self.mask_token_id)
+            if self.num_tokens is not None:
+                logits_PV[:, self.num_tokens :] = float("-inf")
+            yield now_R[row_P] * L + order_NL[now_R[row_P], place_P], logits_PV
+
+    def log_p_x0(self, xt, t=None, attention_mask=None) -> torch.Tensor:
+        """SUBS log-probabilities (N, L, V), float32, as those of `EDLMForMaskedLM`."""
+        log_p_NLV = torch.full((*xt.shape, self.vocab_size), float("-inf"), device=xt.device)
+        log_p_NLV.scatter_(-1, xt[..., None], 0.0)
+        for chunk_M, logits_MV in self.logit_chunks(xt, (xt == self.mask_token_id).cpu(), t, attention_mask):
+            log_p_NLV.view(-1, self.vocab_size)[chunk_M] = logits_MV.log_softmax(-1)
+        return log_p_NLV
+
+
+class ForeignModel(nn.Module, EnergyMixin, EDLMGenerationMixin, EDLMLikelihoodMixin):
+    """A masked language model and an energy, with all that an `EDLMModel` can do but training and files.
+
+    Args:
+        model, logits_shift, num_tokens: see `Denoiser`.
+        energy: None for plain masked diffusion (MDLM); a causal language model of the same vocabulary, whose texts
+            start with its `config.bos_token_id`; an `EDLMEnergyModel`; or a function `(x (N, L), xt (N, L), t,
+            attention_mask, log_mu (N,))` to energies (N,), low for what is good.
+        energy_type: `"ar"` (the default) or `"coar"`, for a causal language model.
+        energy_target: of a function: `"x0"` (the default) if it scores a full candidate, `"xs"` for the next state.
+        mask_token_id: default `model.config.mask_token_id`.
+        max_position_embeddings: the longest text that the model takes; default `model.config.max_position_embeddings`,
+            which is 2 too many for RoBERTa and its kin.
+    Raises:
+        ValueError: an argument that does not fit, named with its value.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        energy: nn.Module | Callable | None = None,
+        energy_type: str | None = None,
+        energy_target: str | None = None,
+        mask_token_id: int | None = None,
+        max_position_embeddings: int | None = None,
+        logits_shift: int = 0,
+        num_tokens: int | None = None,
+    ):
+        super().__init__()
+        sizes = model.config.get_text_config()
+        given = {"mask_token_id": mask_token_id, "max_position_embeddings": max_position_embeddings}
+        for name, value in given.items():
+            given[name] = getattr(sizes, name, None) if value is None else value
+            if given[name] is None:
+                raise ValueError(f"{name} must be given: the configuration of {type(model).__name__} has none")
+        if not 0 <= given["mask_token_id"] < sizes.vocab_size:
+            raise ValueError(f"mask_token_id must lie in [0, {sizes.vocab_size}), got {given['mask_token_id']}")
+        self.config = SimpleNamespace(vocab_size=sizes.vocab_size, energy_target="x0", **given)
+        self.denoiser = Denoiser(model, given["mask_token_id"], logits_shift, num_tokens)
+        self.generation_config = EDLMGenerationConfig()
+        if model.config.model_type == "edlm":
+            self.generation_config = own_config(model.generation_config)
+        kind = kind_of(energy)
+        if energy_type is not None and (kind != "ar" or energy_type not in ("ar", "coar")):
+            raise ValueError(f"energy_type is ar or coar and for a causal language model, got {energy_type!r}")
+        if energy_target is not None and (kind != "function" or energy_target not in ("x0", "xs")):
+            raise ValueError(f"energy_target is x0 or xs and for a function, got {energy_target!r}")
+        self.energy_model = energy if kind in ("ar", "nce") else None
+        if kind == "function":
+            self.scorer = FunctionEnergy(energy, energy_target or "x0", self.denoiser)
+        else:
+            if energy is not None:
+                check_vocabulary(self.config.vocab_size, self.config.mask_token_id, energy.config)
+            kind = energy_type or kind
+            self.scorer = network_energy(kind, energy, self.config.mask_token_id)
+        self.energy_type, self.config.energy_target = kind, self.scorer.target if self.scorer else "x0"
+
+    @property
+    def device(self) -> torch.device:
+        return self.denoiser.device
+
+    def log_p_x0(self, xt, t=None, attention_mask=None) -> torch.Tensor:
+        """SUBS log-probabilities (N, L, V) of the denoiser, float32."""
+        return self.denoiser.log_p_x0(xt, t, attention_mask)
+
+
+def kind_of(energy) -> str:
+    """How an energy is called. EDLM's classes are told by their names: remote code has copies of its own."""
+    if energy is None:
+        return "none"
+    if isinstance(getattr(energy, "config", None), PreTrainedConfig):
+        if energy.config.model_type != "edlm" or type(energy).__name__ == "EDLMForCausalLM":
+            return "ar"
+        if type(energy).__name__ == "EDLMEnergyModel":
+            return "nce"
+        raise ValueError(f"energy must be an energy, got an {type(energy).__name__}; its method energy would be one")
+    if callable(energy):
+        return "function"
+    raise ValueError(f"energy must be a model, a function or the name of a model, got {energy!r}")
