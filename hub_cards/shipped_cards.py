@@ -187,7 +187,8 @@ def stories_card(names: Names) -> Card:
         "training": training,
         "hours": sum(run["minutes"] for runs in training.values() for run in runs) / 60,
         "texts": texts,
-        "fresh": {name: fresh[name] for name in ("num_samples", "seed", "lead")},
+        "fresh": {name: fresh[name] for name in ("num_samples", "seed", "samplers", "lead")}
+        | {"file": names.link(fresh_file)},
         "files": names.link(results_file),
         "settings": settings_facts(settings)
         | {"command": names.command(settings["command"]), "file": names.link(settings_file)},

@@ -51,7 +51,18 @@ from .trainer import fingerprint, parse_arguments
 
 NUM_BUCKETS = 5  # of t
 SHARED = ", shared"  # behind the name of an energy whose candidates share a completion
-CODE = ("backbone", "energy", "likelihood", "modeling_edlm", "sampler", "schedule")  # what the numbers come from
+# what the numbers come from
+CODE = (
+    "backbone",
+    "draws",
+    "energies",
+    "energy_network",
+    "likelihood",
+    "modeling_edlm",
+    "proposal",
+    "sampler",
+    "schedule",
+)
 NOT_RECORDED = {"out", "cache_dir", "num_threads", "from_json"}
 LEAST = dict.fromkeys(
     ("num_samples", "num_shared_samples", "num_times", "num_times_plain", "batch_size", "energy_batch_size", "chunk"), 1
