@@ -36,12 +36,14 @@ class EDLMGenerationConfig(GenerationConfig):
             block, all of it in a random order.
         corrector_steps: rounds of revision after the last step. A round masks a random set of positions that are not
             given, proposes for it, and chooses between the present text and the proposals by the energy. With an AR
-            energy it leaves p_AR(text | what is given) as it is, whatever the other values, so that more rounds bring
+            energy it leaves p_AR(text | what is given) as it is, whatever the size, candidates and proposal, so that more rounds bring
             the text closer to it (Andrieu, Lee and Vihola 2018, iterated sampling importance resampling). Other
             energies, or another energy_temperature than 1, have no such law: each round is then a step of its own.
         corrector_size: positions masked in a round; all where fewer are free.
         corrector_candidates: candidates of a round, the present text among them; with 1 nothing is revised. None is
             num_candidates, so that num_candidates=1 is plain masked diffusion, whatever the rest.
+        corrector_temperature: with an AR energy the law that a round leaves as it is is p_AR to the power of
+            1 / corrector_temperature: below 1 the rounds go for likelier texts. Other energies know only 1.
         temperature, top_k, top_p: of the proposal's logits, in this order and after every `logits_processor`; the
             proposal so changed is the mu that the energy corrects. None (or 0 for `top_k`): all tokens.
         do_sample: False takes the most likely token at each position that is revealed, in a random order that is the
@@ -73,6 +75,7 @@ class EDLMGenerationConfig(GenerationConfig):
         self.corrector_steps = kwargs.pop("corrector_steps", 0)
         self.corrector_size = kwargs.pop("corrector_size", 4)
         self.corrector_candidates = kwargs.pop("corrector_candidates", None)
+        self.corrector_temperature = kwargs.pop("corrector_temperature", 1.0)
         self.temperature = kwargs.pop("temperature", 1.0)
         self.top_k = kwargs.pop("top_k", None)
         self.top_p = kwargs.pop("top_p", None)
@@ -114,7 +117,7 @@ class EDLMGenerationConfig(GenerationConfig):
         for name in ("shared_completion", "do_sample", "compile", "output_history", "return_dict_in_generate"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        for name in ("energy_temperature", "temperature"):
+        for name in ("energy_temperature", "corrector_temperature", "temperature"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -304,6 +307,15 @@ class EDLMGenerationMixin:
         return EDLMGenerationOutput(sequences_BL, *counts, acceptance_B, watch.history)
 
     def _revises(self, config) -> bool:
+        if (
+            config.corrector_temperature != 1
+            and config.corrector_steps
+            and not (self.scorer and self.scorer.is_of_text)
+        ):
+            raise ValueError(
+                f"corrector_temperature={config.corrector_temperature} is for AR energies, got energy_type="
+                f"{self.energy_type!r}"
+            )
         k = config.corrector_candidates or config.num_candidates
         return self.scorer is not None and config.do_sample and k > 1
 

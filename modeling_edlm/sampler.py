@@ -163,7 +163,7 @@ def revise(model, run: Run, config, process, watch, rounds: range) -> None:
                 nothing_NK = torch.zeros_like(log_mu_NK[:, known:])
                 part_NK, scored_N = weigh(model, state, x_NKL[:, known:], nothing_NK, config.energy_batch_size)
                 part_NK = torch.cat((part_B[on_N, None][:, :known], part_NK), dim=1)
-                energy_NK = log_mu_NK + part_NK
+                energy_NK = log_mu_NK + part_NK / config.corrector_temperature
             else:
                 energy_NK, scored_N = weigh(model, state, x_NKL, log_mu_NK, config.energy_batch_size)
             energy_NK = stay_if_stuck(energy_NK)
