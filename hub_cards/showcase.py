@@ -37,6 +37,7 @@ PROMPTS = (
 ENERGIES = ("step",)
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 DEFAULTS = ("num_steps", "num_candidates", "energy_window", "corrector_steps", "corrector_size", "temperature")
+DEFAULTS += ("corrector_temperature",)
 
 
 @dataclass(kw_only=True)

@@ -43,8 +43,8 @@ class EDLMGenerationConfig(GenerationConfig):
         corrector_size: positions masked in a round; all where fewer are free.
         corrector_candidates: candidates of a round, the present text among them; with 1 nothing is revised. None is
             num_candidates, so that num_candidates=1 is plain masked diffusion, whatever the rest.
-        corrector_temperature: with an AR energy the law that a round leaves as it is is p_AR to the power of
-            1 / corrector_temperature: below 1 the rounds go for likelier texts. Other energies know only 1.
+        corrector_temperature: of the law that the rounds go for, mu exp(-E) to the power of 1 / corrector_temperature:
+            with an AR energy p_AR, which a round then leaves as it is to that power. Below 1: likelier texts.
         temperature, top_k, top_p: of the proposal's logits, in this order and after every `logits_processor`; the
             proposal so changed is the mu that the energy corrects. None (or 0 for `top_k`): all tokens.
         do_sample: False takes the most likely token at each position that is revealed, in a random order that is the
@@ -308,15 +308,6 @@ class EDLMGenerationMixin:
         return EDLMGenerationOutput(sequences_BL, *counts, acceptance_B, watch.history)
 
     def _revises(self, config) -> bool:
-        if (
-            config.corrector_temperature != 1
-            and config.corrector_steps
-            and not (self.scorer and self.scorer.is_of_text)
-        ):
-            raise ValueError(
-                f"corrector_temperature={config.corrector_temperature} is for AR energies, got energy_type="
-                f"{self.energy_type!r}"
-            )
         k = config.corrector_candidates or config.num_candidates
         return self.scorer is not None and config.do_sample and k > 1
 

@@ -166,6 +166,7 @@ def revise(model, run: Run, config, process, watch, rounds: range) -> None:
                 energy_NK = log_mu_NK + part_NK / config.corrector_temperature
             else:
                 energy_NK, scored_N = weigh(model, state, x_NKL, log_mu_NK, config.energy_batch_size)
+                energy_NK = tempered(energy_NK, log_mu_NK, config.corrector_temperature)
             energy_NK = stay_if_stuck(energy_NK)
             x_NL, kept_N = run.keep(on_N, step, x_NKL, energy_NK, scored_N, config.energy_temperature, watch)
             if model.scorer.is_of_text:
@@ -176,6 +177,14 @@ def revise(model, run: Run, config, process, watch, rounds: range) -> None:
             run.changed_B[on_N] += (x_NL != present_NL).any(-1)
         if watch.step_end(step, 0.0):
             break
+
+
+def tempered(energy_NK: torch.Tensor, log_mu_NK: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Energies under which mu exp(-E) becomes its power of 1 / temperature; -inf where the proposal gives nothing."""
+    if temperature == 1:
+        return energy_NK
+    energy_NK = log_mu_NK + (energy_NK - log_mu_NK) / temperature
+    return energy_NK.masked_fill(log_mu_NK == -torch.inf, -torch.inf)
 
 
 def stay_if_stuck(energy_NK: torch.Tensor) -> torch.Tensor:

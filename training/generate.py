@@ -54,7 +54,7 @@ from .trainer import fingerprint, parse_arguments
 ROW_GROUP = 1000  # rows of a parquet file that are in memory together
 LENGTHS = ("max_length", "max_new_tokens")
 SAMPLING = ("num_steps", "num_candidates", "energy_window", "energy_temperature", "shared_completion")
-SAMPLING += ("corrector_steps", "corrector_size", "corrector_candidates")
+SAMPLING += ("corrector_steps", "corrector_size", "corrector_candidates", "corrector_temperature")
 SAMPLING += ("temperature", "top_k", "top_p", "do_sample")  # options of generate() that a text depends on
 ENDS = ("eos_token_id", "pad_token_id")  # in the checkpoint's settings alone
 SCHEMA = pa.schema(
@@ -83,6 +83,7 @@ class GenerateArguments(CommaLists):
     corrector_steps: int | None = None
     corrector_size: int | None = None
     corrector_candidates: int | None = None
+    corrector_temperature: float | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
