@@ -23,9 +23,10 @@ class Energy:
         is_of_text: whether E = log mu(x | xt) plus a function of the text alone: the corrector then knows the present
             text's part of it, and leaves the law proportional to exp(-that part) as it is.
         needs_log_mu: whether it reads log mu(x | xt).
+        has_unit_z: whether Z(xt) is 1 for any denoiser.
     """
 
-    target, is_of_text, needs_log_mu = "x0", False, False
+    target, is_of_text, needs_log_mu, has_unit_z = "x0", False, False, False
     network: nn.Module
 
     def __call__(self, x_NL, xt_NL, t, attention_mask, log_mu_N) -> torch.Tensor:
@@ -58,7 +59,7 @@ class AutoregressiveEnergy(Energy):
 class CarryOverEnergy(AutoregressiveEnergy):
     """coAR: of the tokens that are masked in xt alone, whose conditionals p_AR(x0_i | x0_{<i}) they are. Z is 1."""
 
-    is_of_text = False
+    is_of_text, has_unit_z = False, True
 
     def counted(self, xt_NL):
         return xt_NL == self.mask_token_id

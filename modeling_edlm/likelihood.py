@@ -246,8 +246,8 @@ def _columns(model, estimator: str, config, largest: int, num_samples: int) -> t
     is_shared = config.shared_completion and is_x0 and estimator == "sampler"
     if is_shared:
         K = largest
-    if estimator == "paper":  # Z of a coAR energy is 1 for any denoiser: nothing is drawn for it
-        K, G = 0 if model.energy_type == "coar" else num_samples, 1
+    if estimator == "paper":  # nothing is drawn for a Z that is known
+        K, G = 0 if model.scorer is not None and model.scorer.has_unit_z else num_samples, 1
     column_X = torch.arange(G * (K + 1) if is_shared else K + G)
     data_G = column_X[:: K + 1] if is_shared else column_X[K:]
     rest_X = column_X // (K + 1) * (K + 1) if is_shared else column_X
