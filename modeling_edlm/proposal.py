@@ -37,7 +37,7 @@ class Proposal:
 
     x_NKL: torch.Tensor
     log_mu_NK: torch.Tensor
-    log_given_NL: torch.Tensor | None = None
+    log_given_NL: torch.Tensor
 
 
 def own_positions(like_NL: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
