@@ -45,11 +45,11 @@ lint: .venv/.stamp-test
 	$(PYTHON_VENV) -m ruff format --check .
 
 bench: .venv/.stamp-test model
-	$(PYTHON_VENV) -m tests.bench
+	$(PYTHON_VENV) -m bench
 
 # A Hub repo holds its code: the copies in hub_cards/*/ and hub_cards/metrics/*/ are made here and are not tracked.
 model: .venv/.stamp-demo
-	$(PYTHON_VENV) hub_cards/assemble.py
+	$(PYTHON_VENV) hub_cards/publish/assemble.py
 
 # torch comes first and alone, so that nothing after it pulls a second build; setuptools is in .venv, so that
 # building this package (without isolation) obeys constraints.txt too.
@@ -71,7 +71,7 @@ model: .venv/.stamp-demo
 	@touch $@
 
 .venv/.stamp-chromium: .venv/.stamp-test
-	$(PYTHON_VENV) tests/chromium.py
+	$(PYTHON_VENV) tests/support/chromium.py
 	@touch $@
 
 # What tests/test_loading.py loads with besides .venv. All versions but those in constraints-oldest.txt are the newest.

@@ -14,6 +14,8 @@ from .generation_edlm import EDLMGenerationConfig, EDLMGenerationOutput
 from .likelihood import EDLMLikelihoodOutput
 from .modeling_edlm import EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel, EDLMPreTrainedModel
 
+__version__ = "0.1.0"
+
 AutoConfig.register("edlm", EDLMConfig)
 AutoModel.register(EDLMConfig, EDLMModel)
 AutoModelForMaskedLM.register(EDLMConfig, EDLMForMaskedLM)

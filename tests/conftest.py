@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from fake_hub import HOSTS, FakeHub
+from support.fake_hub import HOSTS, FakeHub
 
 # workers of one machine share its cores, and so do the processes that they start
 if count := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):

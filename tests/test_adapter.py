@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from toy import MASK, chain_law, completions, law_p_k, make_toy, p_value
+from support.toy import MASK, chain_law, completions, law_p_k, make_toy, p_value
 from transformers import AutoModel
 
 from modeling_edlm import EDLMEnergyModel, EDLMForMaskedLM, EDLMModel

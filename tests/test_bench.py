@@ -1,4 +1,4 @@
-"""tests/bench at a micro size: what it writes, what it counts, and what it leaves behind. No speed is asserted.
+"""bench at a micro size: what it writes, what it counts, and what it leaves behind. No speed is asserted.
 
 With EDLM_REF set the published code is tested too. Shapes: B batch, L length.
 """
@@ -13,17 +13,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.autograd import DeviceType
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from training.common.arguments import parse_arguments
+
+import modeling_edlm.backbone
 from bench import predictions, profile_step, published, report, roofline, stages
 from bench.__main__ import main
 from bench.arguments import OWN_SIZES, BenchArguments
 from bench.measure import COMPILE_SECONDS, Bench, Budget, LeftOut, Ours, PeakMemory, Published, Runs
 from bench.roofline import Work, share
-from safetensors.torch import load_file
-from torch.autograd import DeviceType
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-
-import modeling_edlm.backbone
-from training.trainer import parse_arguments
 
 SIZE = {
     "hidden_size": 16,
@@ -158,7 +158,7 @@ def test_results_have_every_field(out):
     results = json.loads(out.read_text())
     assert results.keys() >= set(TOP.split())
     assert results["versions"].keys() == {"python", "torch", "transformers"}
-    assert results["command"].startswith("EDLM_REF=CHECKOUT python -m tests.bench --hidden_size 16 ")
+    assert results["command"].startswith("EDLM_REF=CHECKOUT python -m bench --hidden_size 16 ")
     for row in results["rows"] + results["published"]:
         extra = {"flops", "bytes", "roofline_share"} if row in results["rows"] else set()
         assert row.keys() - {"ratio", "ratio_to_batch_1", "ratio_to_best"} == set(ROW.split()) | extra

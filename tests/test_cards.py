@@ -15,19 +15,20 @@ import torch
 import yaml
 from huggingface_hub import DatasetCard, ModelCard, SpaceCard, parse_eval_result_entries
 from safetensors.torch import save_file
-from toy import make_toy
+from support.toy import make_toy
 from transformers import AutoTokenizer
 
-from hub_cards import cards, other_cards
-from hub_cards.card import FENCED, check, lacks, parse, split_sections
-from hub_cards.shipped_cards import BASE as SHIPPED_BASE
-from hub_cards.shipped_cards import SHIPPED, WHOLE, render, results_files, shipped
+from bench import memory
+from hub_cards.publish import cards, other_cards
+from hub_cards.publish.card import FENCED, check, lacks, parse, split_sections
+from hub_cards.publish.shipped_cards import BASE as SHIPPED_BASE
+from hub_cards.publish.shipped_cards import SHIPPED, WHOLE, render, results_files, shipped
 from modeling_edlm import EDLMForCausalLM, EDLMModel
 from modeling_edlm.schedule import antithetic_times
-from training import adapt, evaluate_likelihood, evaluate_samples, generate, memory
-from training.contrast import accuracy, contrast, draw_contrast, energies
-from training.data import PackedTokens, character_tokenizer, tokenize
-from training.metrics import bits_per_character
+from training import adapt, evaluate_likelihood, evaluate_samples, generate
+from training.common.contrast import accuracy, contrast, draw_contrast, energies
+from training.common.data import PackedTokens, character_tokenizer, tokenize
+from training.common.metrics import bits_per_character
 from training.pretrain import mdlm_loss
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +51,7 @@ def base_of(name: str) -> str | None:
 
 
 def test_the_cards_are_right():
-    """What `python -m hub_cards.cards --check` looks at: all of it, in every run of the tests."""
+    """What `python -m hub_cards.publish.cards --check` looks at: all of it, in every run of the tests."""
     assert cards.problems() == []
 
 
@@ -235,7 +236,7 @@ def test_a_card_that_was_edited_is_not_published(tmp_path, monkeypatch):
     for content in (None, render("edlm-wiki27").replace("1.911", "1.811")):
         if content:
             (folder / "README.md").write_text(content)
-        with pytest.raises(ValueError, match="is not what its results say: python -m hub_cards.cards"):
+        with pytest.raises(ValueError, match="is not what its results say: python -m hub_cards.publish.cards"):
             cards.published(folder, REPO)
     (folder / "README.md").write_text(render("edlm-wiki27"))
     assert cards.published(folder, REPO)["README.md"].decode() == render("edlm-wiki27", REPO)

@@ -31,7 +31,7 @@ from modeling_edlm.backbone import log_probs
 from modeling_edlm.convert_checkpoint import from_official, main, read_checkpoint, write_hub_folder
 from modeling_edlm.energies import causal_log_prob
 from modeling_edlm.schedule import alpha, conditioning
-from training.contrast import nce_loss
+from training.common.contrast import nce_loss
 
 FIXTURES = Path(__file__).parent / "fixtures" / "parity"
 MANIFEST = json.loads((FIXTURES / "manifest.json").read_text(encoding="utf-8"))

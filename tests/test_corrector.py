@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from toy import MASK, chain_law, completions, make_toy, p_value, revision_kernel
+from support.toy import MASK, chain_law, completions, make_toy, p_value, revision_kernel
 
 from modeling_edlm import EDLMForMaskedLM
 from modeling_edlm.energies import causal_log_prob

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from toy import MASK, chain_law, make_toy, p_value
+from support.toy import MASK, chain_law, make_toy, p_value
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -293,7 +293,7 @@ json.dump({name: value.tolist() for name, value in result.items()}, open(out, "w
 
 def test_the_library_finds_it_and_it_finds_its_imports(tmp_path):
     """In a process that cannot import modeling_edlm; and the AR model of the same repo goes on as it was."""
-    assemble = load_script(ROOT / "hub_cards" / "assemble.py")
+    assemble = load_script(ROOT / "hub_cards" / "publish" / "assemble.py")
     repo, parts = tmp_path / "repo", tmp_path / "parts"
     sizes = SMALL | {"cond_dim": 0, "max_position_embeddings": 12}
     edlm = randomize(EDLMModel(EDLMConfig(**sizes, energy_type="nce")), 0.4)
@@ -340,7 +340,7 @@ def run_remote(tmp_path: Path, code: str, *arguments) -> dict:
 
 
 def test_assembled_folders_hold_what_is_imported_and_nothing_else(tmp_path):
-    assemble = load_script(ROOT / "hub_cards" / "assemble.py")
+    assemble = load_script(ROOT / "hub_cards" / "publish" / "assemble.py")
     code = assemble.generate_code()
     assert {
         "generate.py",

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_hub import INITIAL
+from support.fake_hub import INITIAL
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "fixtures" / "wiki27-sample.parquet"
@@ -55,7 +55,7 @@ def test_from_text_to_a_name_on_the_hub(hub, tmp_path):
         return run(sys.executable, "-m", f"training.{module}", *shlex.split(arguments))
 
     def push(folder, repo, *more):
-        run(sys.executable, "-m", "hub_cards.push", "--folder", folder, "--repo", repo, *more)
+        run(sys.executable, "-m", "hub_cards.publish.push", "--folder", folder, "--repo", repo, *more)
         return hub.sha(repo if "--space" not in more else f"spaces/{repo}") if "--dataset" not in more else None
 
     # a denoiser of fifty steps, an energy over it by LoRA, and texts that it makes

@@ -21,8 +21,8 @@ from scipy.stats import chisquare
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from training import data
-from training.data import (
+from training.common import data
+from training.common.data import (
     PackedTokens,
     StreamedBlocks,
     character_tokenizer,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import make_toy
+from support.toy import make_toy
 from transformers import AutoTokenizer
 
 from modeling_edlm import EDLMConfig, EDLMForCausalLM, EDLMModel
@@ -64,7 +64,7 @@ def folder(tmp_path_factory) -> Path:
         shutil.copy(TOKENIZER / name, folder)
     for copy in (folder / "ar").glob("*.py"):
         copy.unlink()
-    assemble = load_script(ROOT / "hub_cards" / "assemble.py")
+    assemble = load_script(ROOT / "hub_cards" / "publish" / "assemble.py")
     code = {p.name: p.read_bytes() for p in assemble.SOURCE.glob("*.py") if p.name not in assemble.NOT_UPLOADED}
     assemble.assemble(folder, code)
     return folder

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from toy import make_toy
+from support.toy import make_toy
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_edlm import EDLMModel
 from modeling_edlm.likelihood import likelihood_terms
 from training import evaluate_likelihood
-from training.components import body_parameters, load_variants, pass_cost
-from training.data import character_tokenizer
+from training.common.components import body_parameters, load_variants, pass_cost
+from training.common.data import character_tokenizer
 from training.pretrain import ar_loss
 
 LENGTH, NUM_SEQUENCES, NUM_STEPS, SETTINGS = 5, 6, (2, 4), ((2, 1.0), (2, 2.0), (3, 1.0), (3, 2.0))

@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from toy import MASK, make_toy
+from support.toy import MASK, make_toy
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from modeling_edlm import EDLMConfig, EDLMForCausalLM
 from training import evaluate_samples
-from training.data import character_tokenizer
+from training.common.data import character_tokenizer
 
 LENGTH = 12
 METRICS = (

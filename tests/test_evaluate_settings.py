@@ -1,4 +1,4 @@
-"""training/evaluate_settings.py and training/judge.py on toys: bounds are likelihood()'s, samples are generate()'s."""
+"""training/evaluate_settings.py and common/judge.py on toys: bounds are likelihood()'s, samples are generate()'s."""
 
 import json
 import math
@@ -7,15 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toy import MASK, make_toy
+from support.toy import MASK, make_toy
 from transformers import AutoTokenizer
 
 from modeling_edlm import EDLMConfig, EDLMForCausalLM, EDLMModel
 from modeling_edlm.likelihood import likelihood_terms
-from training import evaluate_settings, settings
-from training.components import pass_cost
-from training.data import character_tokenizer
-from training.judge import Judge, before_end
+from training import evaluate_settings
+from training.common import settings
+from training.common.components import pass_cost
+from training.common.data import character_tokenizer
+from training.common.judge import Judge, before_end
 
 TOKENIZER = Path(__file__).parent.parent / "training" / "tokenizers" / "stories"
 LENGTH, WINDOWS = 8, [(1.0, 0.0), (0.5, 0.0), (0.3, 0.2)]

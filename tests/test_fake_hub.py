@@ -1,4 +1,4 @@
-"""tests/fake_hub.py: to the real client it acts as the Hub does, and it fails as it is told to."""
+"""tests/support/fake_hub.py: to the real client it acts as the Hub does, and it fails as it is told to."""
 
 import hashlib
 import http.client
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from fake_hub import INITIAL, FakeHub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -20,6 +19,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from support.fake_hub import INITIAL, FakeHub
 
 REPO, TOKEN = "user/tiny", "hf_fake"
 CARD = b"---\nlicense: apache-2.0\npipeline_tag: text-generation\ntags:\n- edlm\n---\n\n# Tiny\n"

@@ -13,11 +13,12 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from safetensors import safe_open
+from training.common.arguments import parse_arguments
 
 from modeling_edlm import EDLMModel
-from training import family, pretrain, stages, train_energy
-from training.data import character_tokenizer
-from training.trainer import parse_arguments
+from training import family, pretrain, train_energy
+from training.common import stages
+from training.common.data import character_tokenizer
 
 ROOT = Path(__file__).parents[1]
 DATA = str(Path(__file__).parent / "fixtures" / "wiki27-sample.parquet")

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.toy import MASK, chain_law, completions, make_toy, p_value, path_bounds, revision_kernel
 from test_custom_generate import Exact, make_bert, make_gpt2, table_energy
-from toy import MASK, chain_law, completions, make_toy, p_value, path_bounds, revision_kernel
 from transformers import BertForMaskedLM
 
 from modeling_edlm import ForeignModel

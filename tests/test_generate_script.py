@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from accelerate.state import AcceleratorState
 from datasets import load_dataset
-from toy import make_toy
+from support.toy import make_toy
 
 from modeling_edlm import EDLMModel
 from training import generate
-from training.data import character_tokenizer
+from training.common.data import character_tokenizer
 
 LENGTH, MASK, N = 24, 27, 12
 COLUMNS = ["row", "prompt", "text", "tokens", "nfe", "energy_nfe", "seed"]

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from toy import (
+from support.toy import (
     MASK,
     chain_law,
     completions,

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from toy import (
+from support.toy import (
     MASK,
     chain_law,
     completions,

@@ -15,9 +15,9 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from fake_hub import HOSTS, FakeHub
 from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import load, save
+from support.fake_hub import HOSTS, FakeHub
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 from transformers import __version__ as library
 
@@ -37,7 +37,7 @@ SAMPLE = FIXED | {"batch_size": 2}
 X = torch.randint(0, 27, (4, 20), generator=torch.Generator().manual_seed(0))
 XT = X.masked_fill(torch.arange(20) % 2 == 0, 27)
 
-spec = importlib.util.spec_from_file_location("assemble", ROOT / "hub_cards" / "assemble.py")
+spec = importlib.util.spec_from_file_location("assemble", ROOT / "hub_cards" / "publish" / "assemble.py")
 assemble = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(assemble)
 
@@ -158,7 +158,7 @@ def loads(hub, tmp_path_factory):
     def run(python: Path, environment: dict, functions: tuple) -> Results:
         folder = tmp_path_factory.mktemp("run")
         arguments = json.dumps({name: calls[name] for name in functions})
-        command = [python, "-P", ROOT / "tests" / "by_name.py", arguments, folder.with_suffix(".json")]
+        command = [python, "-P", ROOT / "tests" / "support" / "by_name.py", arguments, folder.with_suffix(".json")]
         process = {"env": environment, "cwd": folder, "stdin": subprocess.DEVNULL, "timeout": 600}
         done = subprocess.run(command, capture_output=True, text=True, **process)
         assert done.returncode == 0, done.stderr[-5000:]

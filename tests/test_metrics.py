@@ -1,4 +1,4 @@
-"""training/metrics.py: exact values on small cases, laws by enumeration; the `evaluate` modules give the same."""
+"""training/common/metrics.py: exact values on small cases, laws by enumeration; the `evaluate` modules do the same."""
 
 import importlib.util
 import itertools
@@ -16,8 +16,8 @@ from huggingface_hub import RepoCard
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_edlm import EDLMConfig, EDLMForCausalLM
-from training import metrics
-from training.data import character_tokenizer
+from training.common import metrics
+from training.common.data import character_tokenizer
 from training.pretrain import ar_loss
 
 ROOT = Path(__file__).parents[1]
@@ -224,7 +224,7 @@ def test_bootstrap_intervals_cover_the_mean():
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
     """`evaluate.load` of a folder as published, with no network."""
-    spec = importlib.util.spec_from_file_location("assemble", ROOT / "hub_cards" / "assemble.py")
+    spec = importlib.util.spec_from_file_location("assemble", ROOT / "hub_cards" / "publish" / "assemble.py")
     assemble = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(assemble)
     root = tmp_path_factory.mktemp("metrics")

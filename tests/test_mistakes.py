@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.toy import MASK, chain_law, completions, exact_energy, law_p_k, log_mu, make_toy, p_value
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy import MASK, chain_law, completions, exact_energy, law_p_k, log_mu, make_toy, p_value
 
 import modeling_edlm
 import training
@@ -18,7 +18,7 @@ from modeling_edlm import EDLMConfig, EDLMForCausalLM, EDLMGenerationConfig, sam
 from modeling_edlm.energies import candidate_energies, causal_log_prob
 from modeling_edlm.likelihood import log_mean_exp
 from modeling_edlm.schedule import conditioning
-from training.contrast import contrast
+from training.common.contrast import contrast
 
 FREE = (MASK, MASK, MASK)
 ALWAYS = {"energy_window": (1.0, 0.0), "seed": 0}
@@ -145,8 +145,9 @@ def test_08_the_proposal_has_no_dropout():
 def test_09_the_average_of_the_weights_is_what_is_saved(tmp_path):
     """See also test_training.py (resume) and test_convert.py (shadow weights of published checkpoints)."""
     from accelerate import Accelerator
+    from training.common.arguments import LoopArguments
 
-    from training.trainer import LoopArguments, train
+    from training.common.loop import train
 
     model = torch.nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(0.0)

@@ -10,16 +10,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.toy import MASK, make_toy
 from test_sampler import chi_square
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
-from toy import MASK, make_toy
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_edlm import EDLMConfig, EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
 from modeling_edlm.backbone import CACHE, apply_linear
 from modeling_edlm.energies import causal_log_prob
-from training.contrast import nce_loss
+from training.common.contrast import nce_loss
 
 SMALL = {"vocab_size": 12, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "cond_dim": 4}
 SMALL["max_position_embeddings"] = 16

@@ -4,11 +4,11 @@ import itertools
 import json
 import time
 
-import on_device
 import pytest
 import torch
-from toy import MASK
+from support.toy import MASK
 
+from bench import on_device
 from modeling_edlm import backbone, proposal, sampler
 from modeling_edlm.backbone import Backbone
 from modeling_edlm.draws import choose, draw

@@ -270,7 +270,7 @@ def load_script(path: Path):
 
 def test_folders_work_without_the_package(tmp_path, model, tokenizer):
     """Whole model, denoiser alone, AR model alone: as saved, and the whole also with the code of a published folder."""
-    assemble = load_script(ROOT / "hub_cards" / "assemble.py")
+    assemble = load_script(ROOT / "hub_cards" / "publish" / "assemble.py")
     ar = randomize(EDLMForCausalLM(EDLMConfig(**SIZES)))
     parts = {"whole": model, "denoiser": model.denoiser, "ar": ar}
     for name, part in parts.items():

@@ -1,4 +1,4 @@
-"""`python -m hub_cards.push` and a stand-in for the Hub: one commit or none, the right files, and what it refuses."""
+"""`hub_cards.publish.push` and a stand-in for the Hub: one commit or none, the right files, and what it refuses."""
 
 import json
 import re
@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_hub import INITIAL, FakeHub
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
-from toy import make_toy
+from support.fake_hub import INITIAL, FakeHub
+from support.toy import make_toy
 
-from hub_cards import push, upload
-from hub_cards.assemble import generate_code, model_code
+from hub_cards.publish import push, upload
+from hub_cards.publish.assemble import generate_code, model_code
 from modeling_edlm.configuration_edlm import AUTO_MAP, CUSTOM_PIPELINES
 
 ROOT = Path(__file__).parents[1]
@@ -369,7 +369,7 @@ def test_nothing_from_outside_the_folder(folder, tmp_path):
 def test_a_metric_and_rows(tmp_path):
     metric = ROOT / "hub_cards" / "metrics" / "token_entropy"
     files, kind = stage(metric, tmp_path / "staged", "space")
-    assert kind == "metric" and files["metrics.py"] == (ROOT / "training" / "metrics.py").read_bytes()
+    assert kind == "metric" and files["metrics.py"] == (ROOT / "training" / "common" / "metrics.py").read_bytes()
     rows = write(tmp_path / "rows", {"README.md": CARD, "train.jsonl": '{"text": "a"}\n'})
     assert stage(rows, tmp_path / "staged", "dataset")[1] == "dataset"
     (rows / "train.jsonl").unlink()
@@ -388,7 +388,7 @@ def run(hub, tmp_path):
     environment = hub.environment(tmp_path / "home") | {"HF_TOKEN": TOKEN, "PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}"}
 
     def run(*arguments, **changes):
-        command = [sys.executable, "-m", "hub_cards.push", *map(str, arguments)]
+        command = [sys.executable, "-m", "hub_cards.publish.push", *map(str, arguments)]
         options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "cwd": tmp_path}
         return subprocess.run(command, env=environment | changes, **options)
 
@@ -398,7 +398,9 @@ def run(hub, tmp_path):
 def test_a_command_without_models_needs_no_torch():
     """It takes seconds to import: a wrong argument of a push, or a card, is not to wait for it."""
     names = "{'torch', 'transformers'} & sys.modules.keys()"
-    done = subprocess.run([sys.executable, "-c", f"import sys, hub_cards.push; sys.exit(bool({names}))"], cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys, hub_cards.publish.push; sys.exit(bool({names}))"], cwd=ROOT
+    )
     assert done.returncode == 0
 
 

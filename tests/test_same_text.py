@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import MASK, make_toy
+from support.toy import MASK, make_toy
 
 FIXTURE = Path(__file__).parent / "fixtures" / "same-text.json"
 FREE = {"batch_size": 6, "num_steps": 5, "energy_window": (1.0, 0.0), "num_candidates": 3}

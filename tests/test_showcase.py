@@ -1,4 +1,4 @@
-"""hub_cards/showcase.py on a tiny model: three samplers side by side, and how it was trained."""
+"""hub_cards/publish/showcase.py on a tiny model: three samplers side by side, and how it was trained."""
 
 import json
 import shutil
@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from hub_cards import showcase
 from hub_cards.demo import GAP, MARK
+from hub_cards.publish import showcase
 from modeling_edlm import EDLMConfig, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
 from training import pretrain
 
@@ -54,7 +54,7 @@ def test_three_samplers_side_by_side(folder, tmp_path):
     results, tokenizer = json.loads(out.read_text()), AutoTokenizer.from_pretrained(folder)
     (ar,) = results["training"]["ar"]
     assert ar["steps"] == 2 and ar["curve"][-1]["validation_bits_per_character"] > 0
-    assert results["command"].startswith("python -m hub_cards.showcase --model")
+    assert results["command"].startswith("python -m hub_cards.publish.showcase --model")
     assert out.with_suffix(".png").stat().st_size > 1000
     rows = {}
     for row in results["texts"]:

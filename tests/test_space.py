@@ -16,11 +16,11 @@ import torch
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from safetensors.torch import load_file
-from space_server import MODEL, ROOT, SPACE, STORIES, serve
+from support.space_server import MODEL, ROOT, SPACE, STORIES, serve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_edlm import EDLMModel
-from training.metrics import bits_per_character
+from training.common.metrics import bits_per_character
 
 SHORT = {"num_steps": 6, "num_candidates": 4, "window_low": 0.0, "length": 24}
 PLAIN = {"window_high": 1.0, "shared_completion": False}  # of the model that most tests use, as in its own defaults
@@ -451,7 +451,10 @@ def test_without_a_model_it_says_what_to_set(space, monkeypatch, tmp_path):
     assert "EDLM_REPO" in space["app"].meet("")[0]
     (tmp_path / "README.md").write_text("---\nmodels: [user/named, user/too]\n---\n")
     monkeypatch.setattr(space["models"], "CARD", tmp_path / "README.md")
-    assert space["models"].allowed() == ["user/named", "user/too"]  # as `hub_cards.push --space --base` writes it
+    assert space["models"].allowed() == [
+        "user/named",
+        "user/too",
+    ]  # as `hub_cards.publish.push --space --base` writes it
 
 
 def test_closing_stops_within_a_step(engine, loaded, monkeypatch):
@@ -616,7 +619,7 @@ def test_twenty_visitors_at_once(server, engine, loaded):
 def test_memory_is_flat(server, client):
     """A hundred requests after the first twenty add less than 16 MB to a process of several hundred.
 
-    tests/space_load.py sends more of them.
+    bench/space_load.py sends more of them.
     """
     request = {"num_steps": 2, "num_candidates": 2, "length": 16, "api_name": "/write"}
     for _ in range(20):

@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
-from chromium import ADVICE, find
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
-from space_server import STORIES, serve
+from support.chromium import ADVICE, find
+from support.space_server import STORIES, serve
 from transformers import AutoTokenizer
 
 # With a folder here, what each test sees is saved into it: this is how spaces_app/screenshots/ was made.

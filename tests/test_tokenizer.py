@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from training.data import tokenize
+from training.common.data import tokenize
 from training.tokenizer import LEAST_SIZE, main, train_tokenizer
 
 SHIPPED = Path(__file__).parent.parent / "training" / "tokenizers" / "wikibooks"

@@ -15,16 +15,18 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 from peft import PeftModel
 from safetensors.torch import load_file
-from toy import MASK, make_toy
+from support.toy import MASK, make_toy
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from bench import curves, memory
 from modeling_edlm import EDLMConfig, EDLMEnergyModel, EDLMForMaskedLM, EDLMModel
 from modeling_edlm.adapter import checksum
 from modeling_edlm.likelihood import log_mean_ratio
-from training import adapt, compose, curves, memory, train_energy, trainer
-from training.contrast import draw_contrast, energies, nce_loss, ranking_loss
-from training.data import character_tokenizer, read_texts
-from training.energy_quality import calibration
+from training import adapt, compose, train_energy
+from training.common.contrast import draw_contrast, energies, nce_loss, ranking_loss
+from training.common.data import character_tokenizer, read_texts
+from training.common.energy_quality import calibration
+from training.common.loop import make_accelerator
 
 ROOT = Path(__file__).parents[1]
 DATA = str(Path(__file__).parent / "fixtures" / "wiki27-sample.parquet")
@@ -129,7 +131,7 @@ def test_a_run_trains_what_it_says_and_measures_it(base, tmp_path, changes):
         base=base, data=DATA, validation_data=DATA, output_dir=str(tmp_path), batch_size=4, report_to="none"
     )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
-    texts = train_energy.Blocks(arguments, tokenizer, 32, trainer.make_accelerator(arguments))
+    texts = train_energy.Blocks(arguments, tokenizer, 32, make_accelerator(arguments))
     x0 = torch.cat([x for x, _ in texts.validation_batches(4)])
     out = model.eval().likelihood(
         x0, num_steps=4, energy_window=(1.0, 0.0), num_samples=8, num_times=2, num_candidates=8

@@ -13,15 +13,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import MASK, completions, log_mu, make_toy
+from support.toy import MASK, completions, log_mu, make_toy
 
-from hub_cards import cards
+from hub_cards.publish import cards
 from modeling_edlm import EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
 from modeling_edlm.backbone import Block
 from training import compose, pretrain, report, train_energy
-from training.contrast import LOSSES, contrast, energies, step_times
-from training.data import character_tokenizer
-from training.trainer import row_draws
+from training.common.contrast import LOSSES, contrast, energies, step_times
+from training.common.data import character_tokenizer
+from training.common.loop import row_draws
 
 DATA = str(Path(__file__).parent / "fixtures" / "wiki27-sample.parquet")
 
@@ -130,7 +130,7 @@ def test_a_checkpoint_is_never_overwritten_or_misread(tokenizer, tmp_path):
 
 
 def test_a_checkpoint_killed_while_written_leaves_the_old_one(tokenizer, tmp_path, monkeypatch):
-    import training.trainer as trainer
+    from training.common import checkpoint
 
     out = tmp_path / "run"
     pretrain.main(options(out, tokenizer, max_minutes=1e-9))
@@ -141,7 +141,7 @@ def test_a_checkpoint_killed_while_written_leaves_the_old_one(tokenizer, tmp_pat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer, "save_file", killed)
+        patch.setattr(checkpoint, "save_file", killed)
         pretrain.main(options(out, tokenizer, resume="true"))
     assert (out / "checkpoint.safetensors").read_bytes() == before
     pretrain.main(options(out, tokenizer, resume="true"))

@@ -21,13 +21,13 @@ from transformers import AutoTokenizer
 
 from modeling_edlm import EDLMModel
 
-from .components import load_variants
-from .data import PackedTokens, tokenize
+from .common.arguments import CommaLists, command, parse_arguments
+from .common.components import load_variants
+from .common.data import PackedTokens, tokenize
+from .common.metrics import ngram_divergence
+from .common.results import machine, read_results, write_json, write_whole
+from .common.stages import run_script
 from .evaluate_likelihood import NUM_BUCKETS, name_of, number
-from .metrics import ngram_divergence
-from .results import CommaLists, command, machine, read_results, write_json, write_whole
-from .stages import run_script
-from .trainer import parse_arguments
 
 ENERGY = "adapted"
 NGRAMS = (1, 2, 3, 4)

@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_edlm import EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMGenerationConfig, EDLMModel
 
-from .components import check_tokenizer
-from .data import read_texts
-from .judge import WORDS
-from .metrics import word_list
-from .trainer import parse_arguments
+from .common.arguments import parse_arguments
+from .common.components import check_tokenizer
+from .common.data import read_texts
+from .common.judge import WORDS
+from .common.metrics import word_list
 
 
 @dataclass

@@ -43,11 +43,12 @@ from modeling_edlm.backbone import position_chunks
 from modeling_edlm.likelihood import ESTIMATORS, likelihood_terms
 from modeling_edlm.schedule import times
 
-from .components import COMPLETIONS, body_parameters, load_variants, pass_cost, with_energy
-from .data import PackedTokens, tokenize
+from .common.arguments import PUBLIC_DATA, CommaLists, parse_arguments
+from .common.checkpoint import fingerprint
+from .common.components import COMPLETIONS, body_parameters, load_variants, pass_cost, with_energy
+from .common.data import PackedTokens, tokenize
+from .common.results import machine, read_results, write_json, write_whole
 from .pretrain import ar_loss
-from .results import PUBLIC_DATA, CommaLists, machine, read_results, write_json, write_whole
-from .trainer import fingerprint, parse_arguments
 
 NUM_BUCKETS = 5  # of t
 SHARED = ", shared"  # behind the name of an energy whose candidates share a completion

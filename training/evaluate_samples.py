@@ -29,12 +29,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from modeling_edlm import EDLMGenerationConfig, EDLMModel
 from modeling_edlm.energies import causal_log_prob
 
-from . import metrics
-from .components import COMPLETIONS, KINDS, body_parameters, with_energy
-from .components import label as energy_name
-from .data import PackedTokens, tokenize
-from .results import PUBLIC_DATA, CommaLists, machine, read_results, write_json, write_whole
-from .trainer import fingerprint, parse_arguments, step_seed
+from .common import metrics
+from .common.arguments import PUBLIC_DATA, CommaLists, parse_arguments
+from .common.checkpoint import fingerprint
+from .common.components import COMPLETIONS, KINDS, body_parameters, with_energy
+from .common.components import label as energy_name
+from .common.data import PackedTokens, tokenize
+from .common.loop import step_seed
+from .common.results import machine, read_results, write_json, write_whole
 
 NGRAMS = (1, 2, 3, 4)
 WORD_BLOCKS = 4096  # the word list comes from the reference and so many blocks in all: a short list lacks many words

@@ -27,13 +27,14 @@ from transformers import AutoTokenizer
 from modeling_edlm import EDLMGenerationConfig, EDLMModel
 from modeling_edlm.likelihood import likelihood_terms
 
-from .components import load_variants, pass_cost
-from .data import DocumentBlocks, PackedTokens, tokenize
-from .judge import Judge, before_end
-from .metrics import LN2, ratio, token_entropy
-from .results import CommaLists, command, machine, read_lines, read_results, write_json, write_whole
-from .settings import chosen, kind_of, label, table
-from .trainer import fingerprint, parse_arguments
+from .common.arguments import CommaLists, command, parse_arguments
+from .common.checkpoint import fingerprint
+from .common.components import load_variants, pass_cost
+from .common.data import DocumentBlocks, PackedTokens, tokenize
+from .common.judge import Judge, before_end
+from .common.metrics import LN2, ratio, token_entropy
+from .common.results import machine, read_lines, read_results, write_json, write_whole
+from .common.settings import chosen, kind_of, label, table
 
 NOTES = {
     "bound": "bits per character of whole rows, an upper bound for the sampler that runs; gain: by how much the energy "

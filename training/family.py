@@ -32,11 +32,12 @@ from transformers import AutoConfig, AutoTokenizer
 from modeling_edlm import EDLMEnergyModel
 from modeling_edlm.adapter import DESCRIPTION
 
+from .common.arguments import CommaLists, command, parse_arguments
+from .common.checkpoint import run_facts
+from .common.results import machine, read_lines, read_results, replaced_folder, write_json, write_whole
+from .common.stages import run_script
 from .pretrain import PretrainArguments, load_trained
-from .results import CommaLists, command, machine, read_lines, read_results, write_json, write_whole
-from .stages import run_script
 from .train_energy import EnergyArguments
-from .trainer import parse_arguments, replaced_folder, run_facts
 
 SCRIPTS = {"pretrain": PretrainArguments, "train_energy": EnergyArguments}
 MARGIN = 0.93  # of the minutes are planned for: a run may be a little slower than its trial, and is evaluated

@@ -47,9 +47,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from modeling_edlm import EDLMGenerationConfig, EDLMModel
 from modeling_edlm.backbone import rows_at_once
 
-from .data import read_texts
-from .results import CommaLists, write_json, write_whole
-from .trainer import fingerprint, parse_arguments
+from .common.arguments import CommaLists, parse_arguments
+from .common.checkpoint import fingerprint
+from .common.data import read_texts
+from .common.results import write_json, write_whole
 
 ROW_GROUP = 1000  # rows of a parquet file that are in memory together
 LENGTHS = ("max_length", "max_new_tokens")

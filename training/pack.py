@@ -16,10 +16,10 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from .data import PackedIds, encoder, evenly_spaced, vocabulary_hash
-from .results import CommaLists, command, write_json, write_whole
+from .common.arguments import CommaLists, command, parse_arguments
+from .common.data import PackedIds, encoder, evenly_spaced, vocabulary_hash
+from .common.results import write_json, write_whole
 from .tokenizer import public
-from .trainer import parse_arguments
 
 MEGABYTE = 1_000_000
 

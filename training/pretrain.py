@@ -19,39 +19,18 @@ from modeling_edlm import EDLMConfig, EDLMForCausalLM, EDLMForMaskedLM
 from modeling_edlm.backbone import log_probs
 from modeling_edlm.schedule import antithetic_times, q_sample
 
-from .data import DocumentBlocks, PackedTokens, StreamedBlocks, every_document, read_texts, step_batch_indices, tokenize
-from .trainer import (
-    LEAST_TIME,
-    LoopArguments,
-    compile_blocks,
-    fingerprint,
-    global_rows,
-    make_accelerator,
-    parse_arguments,
-    row_draws,
-    step_seed,
-    train,
+from .common.arguments import DataArguments, LoopArguments, parse_arguments
+from .common.checkpoint import fingerprint
+from .common.data import (
+    DocumentBlocks,
+    PackedTokens,
+    StreamedBlocks,
+    every_document,
+    read_texts,
+    step_batch_indices,
+    tokenize,
 )
-
-
-@dataclass(kw_only=True)
-class DataArguments:
-    data: str = field(metadata={"help": "a parquet or text file, a folder of them, or a Hub data set"})
-    validation_data: str = field(default="", metadata={"help": "the same for evaluation; default: data's own split"})
-    text_column: str = "text"
-    cache_dir: str = field(default="", metadata={"help": "where token ids are kept; default: output_dir/tokens"})
-    align_documents: bool = field(
-        default=False, metadata={"help": "every block begins where a document begins, and goes on into the next"}
-    )
-    document_stride: int = field(default=1, metadata={"help": "train on every so many-th document: 2 is half of them"})
-    streaming: bool = field(
-        default=False, metadata={"help": "read and tokenize the training text, not validation's, while training"}
-    )
-    shuffle_buffer: int = field(
-        default=10_000, metadata={"help": "streaming: blocks held, of which a random one is drawn; 1: no shuffling"}
-    )
-    eval_blocks: int = field(default=256, metadata={"help": "validation blocks of the evaluations on the way"})
-    final_eval_blocks: int = field(default=4096, metadata={"help": "validation blocks of the last evaluation"})
+from .common.loop import LEAST_TIME, compile_blocks, global_rows, make_accelerator, row_draws, step_seed, train
 
 
 @dataclass(kw_only=True)

@@ -22,12 +22,13 @@ from transformers import AutoTokenizer
 
 from modeling_edlm import EDLMForCausalLM, EDLMModel
 
-from .data import PackedTokens, tokenize
-from .metrics import bits_per_character, summary, token_entropy
+from .common.arguments import CommaLists, command, parse_arguments
+from .common.checkpoint import run_facts
+from .common.data import PackedTokens, tokenize
+from .common.metrics import bits_per_character, summary, token_entropy
+from .common.results import read_results, write_json
 from .pretrain import PretrainArguments
-from .results import CommaLists, command, read_results, write_json
 from .train_energy import EnergyArguments
-from .trainer import parse_arguments, run_facts
 
 matplotlib.use("Agg")
 PRETRAIN = ("pretrain", PretrainArguments)

@@ -18,9 +18,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from .data import evenly_spaced, plain_backend, read_texts, text_batches
-from .results import PUBLIC_DATA, CommaLists, command, machine, write_json
-from .trainer import parse_arguments
+from .common.arguments import PUBLIC_DATA, CommaLists, command, parse_arguments
+from .common.data import evenly_spaced, plain_backend, read_texts, text_batches
+from .common.results import machine, write_json
 
 # Words, numbers, punctuation and white space are cut apart before bytes are merged: the pattern of Llama 3, but with
 # two digits where that has three. A year is then its century and its year, a number has no token of its own in a small

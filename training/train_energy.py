@@ -28,20 +28,12 @@ from modeling_edlm.adapter import (
     save_adapter,
 )
 
-from .contrast import LOSSES, accuracy, draw_contrast, energies
-from .energy_quality import held_out, plot, sampler_gains
-from .pretrain import Blocks, DataArguments, take_weights
-from .results import CommaLists, command, read_lines, write_json, write_whole
-from .trainer import (
-    NOT_RECORDED,
-    LoopArguments,
-    compile_blocks,
-    global_rows,
-    make_accelerator,
-    parse_arguments,
-    step_seed,
-    train,
-)
+from .common.arguments import NOT_RECORDED, CommaLists, DataArguments, LoopArguments, command, parse_arguments
+from .common.contrast import LOSSES, accuracy, draw_contrast, energies
+from .common.energy_quality import held_out, plot, sampler_gains
+from .common.loop import compile_blocks, global_rows, make_accelerator, step_seed, train
+from .common.results import read_lines, write_json, write_whole
+from .pretrain import Blocks, take_weights
 
 CARD = """---
 library_name: peft

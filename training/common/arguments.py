@@ -1,0 +1,132 @@
+"""Options of the commands: dataclasses, read from the command line, and the command line that gives them again.
+
+Nothing here imports torch: --help and a wrong option are answered before it is, which takes seconds.
+"""
+
+import argparse
+import shlex
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+PUBLIC_DATA = Path("data")  # where a recorded command looks for a data set, wherever it was when it ran
+
+
+class CommaLists:
+    """For a dataclass of arguments with options such as "1,2,4"."""
+
+    def listed(self, name: str, kind: type = str, distinct: bool = True) -> list:
+        """The (different) values of a comma list, in order; ValueError names the option where one is no `kind`."""
+        try:
+            values = [kind(part.strip()) for part in str(getattr(self, name)).split(",") if part.strip()]
+            return list(dict.fromkeys(values)) if distinct else values
+        except ValueError:
+            raise ValueError(f"{name} must be numbers with commas between, got {getattr(self, name)!r}") from None
+
+
+@dataclass(kw_only=True)
+class LoopArguments:
+    output_dir: str = field(metadata={"help": "folder of the model, the checkpoint and metrics.jsonl"})
+    max_steps: int = field(default=10_000, metadata={"help": "optimizer steps in all"})
+    batch_size: int = field(default=32, metadata={"help": "sequences of one process in one forward pass"})
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-3
+    lr_schedule: str = field(default="cosine", metadata={"help": "cosine or constant_with_warmup"})
+    warmup_steps: int = 200
+    weight_decay: float = field(default=0.01, metadata={"help": "on matrices only"})
+    adam_beta2: float = 0.99
+    max_grad_norm: float = 1.0
+    ema_decay: float = field(default=0.999, metadata={"help": "0: no average; else the average is the saved model"})
+    mixed_precision: str = field(default="no", metadata={"help": "no or bf16"})
+    gradient_checkpointing: bool = False
+    compile: bool = field(default=False, metadata={"help": "run the blocks through torch.compile"})
+    seed: int = 0
+    log_steps: int = 20
+    eval_steps: int = 500
+    checkpoint_minutes: float = 5.0
+    max_minutes: float = field(default=0.0, metadata={"help": "save, evaluate and stop after so long; 0: no limit"})
+    num_threads: int = field(default=0, metadata={"help": "CPU threads; 0: torch's default"})
+    patience: int = field(
+        default=0, metadata={"help": "stop after so many evaluations without a better one; the best is saved. 0: never"}
+    )
+    resume: bool = field(default=False, metadata={"help": "go on from the checkpoint in output_dir"})
+    report_to: str = field(default="auto", metadata={"help": "trackio, none, or auto: trackio where it is installed"})
+
+    def __post_init__(self):
+        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_steps", "eval_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.patience < 0:
+            raise ValueError(f"patience must not be negative, got {self.patience}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+        if self.lr_schedule not in ("cosine", "constant_with_warmup"):
+            raise ValueError(f"lr_schedule must be cosine or constant_with_warmup, got {self.lr_schedule!r}")
+        if self.mixed_precision not in ("no", "bf16"):
+            raise ValueError(f"mixed_precision must be no or bf16, got {self.mixed_precision!r}")
+
+
+# What may differ between the first start and a resumption without changing the weights. Paths may: the files they
+# lead to are held to their contents, by `identity`.
+FREE_ARGUMENTS = set(
+    "output_dir log_steps eval_steps checkpoint_minutes max_minutes num_threads resume report_to data validation_data "
+    "cache_dir base init_from tokenizer gradient_checkpointing eval_blocks final_eval_blocks patience eval_num_steps "
+    "eval_sequences".split()
+)
+
+NOT_RECORDED = {"num_threads", "cache_dir", "report_to", "resume", "checkpoint_minutes", "log_steps", "max_minutes"}
+
+
+def parse_arguments(argument_class, description: str, argv: list[str] | None = None):
+    """A dataclass from the command line; `--config file.yaml` gives defaults that later options override."""
+    parser = HfArgumentParser(argument_class, description=description, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file of options; what stands on the command line wins")
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    before.add_argument("--config")
+    known, argv = before.parse_known_args(argv)
+    if known.config:
+        with open(known.config, encoding="utf-8") as file:
+            options = yaml.safe_load(file) or {}
+        if not isinstance(options, dict):
+            raise ValueError(f"config {known.config}: expected a mapping of option names to values")
+        argv = [part for k, v in options.items() for part in (f"--{k}", str(v))] + argv
+    return parser.parse_args_into_dataclasses(argv)[0]
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    data: str = field(metadata={"help": "a parquet or text file, a folder of them, or a Hub data set"})
+    validation_data: str = field(default="", metadata={"help": "the same for evaluation; default: data's own split"})
+    text_column: str = "text"
+    cache_dir: str = field(default="", metadata={"help": "where token ids are kept; default: output_dir/tokens"})
+    align_documents: bool = field(
+        default=False, metadata={"help": "every block begins where a document begins, and goes on into the next"}
+    )
+    document_stride: int = field(default=1, metadata={"help": "train on every so many-th document: 2 is half of them"})
+    streaming: bool = field(
+        default=False, metadata={"help": "read and tokenize the training text, not validation's, while training"}
+    )
+    shuffle_buffer: int = field(
+        default=10_000, metadata={"help": "streaming: blocks held, of which a random one is drawn; 1: no shuffling"}
+    )
+    eval_blocks: int = field(default=256, metadata={"help": "validation blocks of the evaluations on the way"})
+    final_eval_blocks: int = field(default=4096, metadata={"help": "validation blocks of the last evaluation"})
+
+
+def command(script: str, arguments, leave_out: Collection[str] = ()) -> str:
+    """The command line of `training.<script>`, or of a module with a dot in its name, that gives these arguments (a
+    dataclass, or its class and a dictionary).
+
+    Defaults and what is in `leave_out` are not in it; data are where a card says that they are.
+    """
+    kind, values = arguments if isinstance(arguments, tuple) else (type(arguments), vars(arguments))
+    fields = kind.__dataclass_fields__
+    changed = {k: v for k, v in values.items() if k in fields and k not in leave_out and v != fields[k].default}
+    for name in {"data", "validation_data"} & changed.keys():
+        if Path(changed[name]).exists():
+            changed[name] = PUBLIC_DATA / Path(changed[name]).name
+    module = script if "." in script else f"training.{script}"
+    return shlex.join(["python", "-m", module, *(str(x) for k, v in changed.items() for x in (f"--{k}", v))])
