@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from training.common.arguments import parse_arguments
 
 import modeling_edlm.backbone
 from bench import predictions, profile_step, published, report, roofline, stages
@@ -24,6 +23,7 @@ from bench.__main__ import main
 from bench.arguments import OWN_SIZES, BenchArguments
 from bench.measure import COMPILE_SECONDS, Bench, Budget, LeftOut, Ours, PeakMemory, Published, Runs
 from bench.roofline import Work, share
+from training.common.arguments import parse_arguments
 
 SIZE = {
     "hidden_size": 16,

@@ -13,11 +13,11 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from safetensors import safe_open
-from training.common.arguments import parse_arguments
 
 from modeling_edlm import EDLMModel
 from training import family, pretrain, train_energy
 from training.common import stages
+from training.common.arguments import parse_arguments
 from training.common.data import character_tokenizer
 
 ROOT = Path(__file__).parents[1]

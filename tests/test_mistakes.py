@@ -145,8 +145,8 @@ def test_08_the_proposal_has_no_dropout():
 def test_09_the_average_of_the_weights_is_what_is_saved(tmp_path):
     """See also test_training.py (resume) and test_convert.py (shadow weights of published checkpoints)."""
     from accelerate import Accelerator
-    from training.common.arguments import LoopArguments
 
+    from training.common.arguments import LoopArguments
     from training.common.loop import train
 
     model = torch.nn.Linear(1, 1, bias=False)

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from training.common.checkpoint import fingerprint
 from transformers import PreTrainedTokenizerFast
 
 from training import pack
+from training.common.checkpoint import fingerprint
 from training.common.data import StreamedBlocks, character_tokenizer, read_texts, tokenize, vocabulary_hash
 from training.pretrain import Blocks, PretrainArguments
 from training.tokenizer import train_tokenizer
