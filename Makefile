@@ -18,7 +18,7 @@ PIP_NEWEST = .venv-newest/bin/python -m pip install -q --disable-pip-version-che
 # TORCH_INDEX is the choice of a CPU build; with an NVIDIA driver the default build is the right one.
 CPU_INDEX = $(if $(TORCH_INDEX),$(if $(shell command -v nvidia-smi),,--extra-index-url $(TORCH_INDEX)))
 
-.PHONY: demo test test-newest app lint bench model clean
+.PHONY: demo test test-newest app lint bench docs model clean
 .DEFAULT_GOAL = test
 
 demo: .venv/.stamp-demo model
@@ -47,6 +47,10 @@ lint: .venv/.stamp-test
 bench: .venv/.stamp-test model
 	$(PYTHON_VENV) -m bench
 
+# The documentation as a site, into site/. A link that leads nowhere is an error.
+docs: .venv/.stamp-docs
+	$(PYTHON_VENV) -m mkdocs build --strict
+
 # A Hub repo holds its code: the copies in hub_cards/*/ and hub_cards/metrics/*/ are made here and are not tracked.
 model: .venv/.stamp-demo
 	$(PYTHON_VENV) hub_cards/publish/assemble.py
@@ -74,6 +78,10 @@ model: .venv/.stamp-demo
 	$(PYTHON_VENV) tests/support/chromium.py
 	@touch $@
 
+.venv/.stamp-docs: .venv/.stamp-demo
+	$(PIP_INSTALL) --no-build-isolation -e '.[docs]'
+	@touch $@
+
 # What tests/test_loading.py loads with besides .venv. All versions but those in constraints-oldest.txt are the newest.
 .venv-oldest/.stamp: constraints.txt constraints-oldest.txt | .venv/.stamp-demo
 	@echo "Installing into .venv-oldest (torch again)"
@@ -84,7 +92,7 @@ model: .venv/.stamp-demo
 
 # Everything make made, .venv included; never runs/.
 clean:
-	rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache
-	rm -f hub_cards/*/*.py hub_cards/metrics/*/metrics.py
-	rm -rf hub_cards/*/custom_generate
+	rm -rf .venv .venv-oldest .venv-newest build dist site *.egg-info .pytest_cache .ruff_cache
+	rm -f hub_cards/edlm-*/*.py hub_cards/metrics/*/metrics.py
+	rm -rf hub_cards/edlm-*/custom_generate
 	find . -name .git -prune -o -name runs -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,15 +17,21 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
 from tqdm.auto import tqdm
-from training.common.arguments import parse_arguments
+
+from training.common.arguments import answer_early, parse_arguments
+
+from .arguments import BenchArguments, Setting
+
+if __name__ == "__main__":
+    answer_early(BenchArguments, __doc__)
+
+import torch
 
 from training.common.results import read_results, write_json, write_whole
 
 from . import report
-from .arguments import BenchArguments
-from .measure import Bench, Budget, LeftOut, Ours, Published, Runs, Setting, make_sampler, reason
+from .measure import Bench, Budget, LeftOut, Ours, Published, Runs, make_sampler, reason
 from .record import reference_code, start_results
 from .roofline import ceilings
 

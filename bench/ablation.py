@@ -16,20 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
-import torch
-from matplotlib.figure import Figure
 from tqdm.auto import tqdm
-from training.common.arguments import CommaLists, parse_arguments
 
-import modeling_edlm.backbone
-import modeling_edlm.energies
-import modeling_edlm.generation_edlm
-import modeling_edlm.proposal
-from modeling_edlm import EDLMModel
-from training.common.results import machine, read_results, write_json, write_whole
+from training.common.arguments import CommaLists, answer_early, parse_arguments
 
 from .arguments import OWN_SIZES, SIZES
-from .measure import random_model
 
 
 @dataclass(kw_only=True)
@@ -43,6 +34,22 @@ class AblationArguments(CommaLists):
     trained_steps: str = field(default="16,64,256", metadata={"help": "T of these"})
     out: str = "hub_cards/results/ablation-cpu.json"
     from_json: str = field(default="", metadata={"help": "measure nothing, print and draw this file again"})
+
+
+if __name__ == "__main__":
+    answer_early(AblationArguments, __doc__)
+
+import torch
+from matplotlib.figure import Figure
+
+import modeling_edlm.backbone
+import modeling_edlm.energies
+import modeling_edlm.generation_edlm
+import modeling_edlm.proposal
+from modeling_edlm import EDLMModel
+from training.common.results import machine, read_results, write_json, write_whole
+
+from .measure import random_model
 
 
 def draw_over_the_whole_vocabulary(logits_MV, u_MK):

@@ -3,13 +3,9 @@
 import itertools
 from dataclasses import dataclass, field, replace
 
-import torch
-from training.common.arguments import CommaLists
+from training.common.arguments import KINDS, CommaLists, found_device, generation_config
 
-from modeling_edlm import EDLMGenerationConfig
-from modeling_edlm.configuration_edlm import ENERGY_TYPES
-
-from .measure import Setting
+ENERGY_TYPES = ("none", *KINDS)
 
 OWN_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "length", "vocab_size", "cond_dim")
 SIZES = {  # on a GPU the published size; on a CPU smaller, so that all of it takes less than ten minutes on two cores
@@ -17,7 +13,6 @@ SIZES = {  # on a GPU the published size; on a CPU smaller, so that all of it ta
     "cuda": {"characters": (768, 12, 12, 256, 28, 128), "subwords": (768, 12, 12, 1024, 50258, 128)},
 }
 CHOICES = {
-    "device": ("auto", "cpu", "cuda"),
     "grid": ("star", "modes", "full"),
     "dtype": ("float32", "bfloat16"),
     "compile": ("false", "true", "both"),
@@ -26,6 +21,25 @@ LEAST = {"repeats": 1, "num_threads": 0, "max_minutes": 0, "row_seconds": 0, "pu
 LEAST |= dict.fromkeys(OWN_SIZES, 1) | {"vocab_size": 2, "cond_dim": 0}
 WARM_UP_STEPS = 2  # of a profiled run: constants are made, memory is reserved
 AT_LEAST_ONE = ("num_candidates", "num_steps", "trial_batch_sizes", "published_candidates")  # lists
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What is sampled. Batch "best" is the fastest of some, found by trials."""
+
+    size: str
+    energy: str
+    num_candidates: int
+    energy_window: tuple[float, float]
+    num_steps: int
+    batch: int | str
+    compile: bool = False
+
+    def label(self) -> str:
+        window = f", k={self.num_candidates}, t in [{self.energy_window[1]:g}, {self.energy_window[0]:g}]"
+        window = "" if self.energy == "none" else window
+        compiled = ", compiled" if self.compile else ""
+        return f"{self.size}, {self.energy}{window}, T={self.num_steps}, batch {self.batch}{compiled}"
 
 
 @dataclass(kw_only=True)
@@ -55,11 +69,7 @@ class CommonArguments(CommaLists):
     from_json: str = field(default="", metadata={"help": "measure nothing, print and draw this file again"})
 
     def __post_init__(self):
-        _check_choice("device", self.device)
-        if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device must be one that torch finds here, got 'cuda'")
+        self.device = found_device(self.device)
         options = vars(self)
         for name, value in self.DEFAULTS[self.device].items():
             if options[name] is None:
@@ -161,7 +171,7 @@ class BenchArguments(CommonArguments):
         windows = []
         for part in self.listed("energy_windows"):
             try:
-                windows.append(EDLMGenerationConfig(energy_window=[float(x) for x in part.split(":")]).energy_window)
+                windows.append(generation_config(energy_window=[float(x) for x in part.split(":")]).energy_window)
             except ValueError:
                 raise ValueError(f"energy_windows must be hi:lo with 1 >= hi >= lo >= 0, got {part!r}") from None
         if not windows:

@@ -6,10 +6,7 @@ python -m bench.curves --runs runs/one,runs/two --names "one process,two" --out 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from training.common.arguments import CommaLists, command, parse_arguments
-
-from training.common.results import read_lines, write_json, write_whole
+from training.common.arguments import CommaLists, answer_early, command, parse_arguments
 
 
 @dataclass(kw_only=True)
@@ -23,6 +20,14 @@ class CurvesArguments(CommaLists):
         self.names = self.names or self.runs
         if len(self.listed("names")) != len(self.listed("runs")):
             raise ValueError(f"names must be different, one for each of runs={self.runs!r}, got {self.names!r}")
+
+
+if __name__ == "__main__":
+    answer_early(CurvesArguments, __doc__)
+
+from matplotlib.figure import Figure
+
+from training.common.results import read_lines, write_json, write_whole
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -23,31 +23,13 @@ from modeling_edlm import EDLMConfig, EDLMGenerationConfig, EDLMModel
 from modeling_edlm.generation_edlm import Watch
 
 from . import published
+from .arguments import Setting
 from .roofline import Work, share
 from .stages import Target, clocks
 
 TRIAL_STEPS = 3  # of a trial; the first also pays for reserving memory
 TRIAL_SECONDS = 1.0  # after so long the second is the last
 COMPILE_SECONDS = 60.0  # allowed for each network, until one was compiled
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What is sampled. Batch "best" is the fastest of some, found by trials."""
-
-    size: str
-    energy: str
-    num_candidates: int
-    energy_window: tuple[float, float]
-    num_steps: int
-    batch: int | str
-    compile: bool = False
-
-    def label(self) -> str:
-        window = f", k={self.num_candidates}, t in [{self.energy_window[1]:g}, {self.energy_window[0]:g}]"
-        window = "" if self.energy == "none" else window
-        compiled = ", compiled" if self.compile else ""
-        return f"{self.size}, {self.energy}{window}, T={self.num_steps}, batch {self.batch}{compiled}"
 
 
 def random_model(energy: str, size: dict, device: str, dtype: torch.dtype, seed: int = 0) -> EDLMModel:

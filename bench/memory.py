@@ -14,21 +14,12 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from training.common.arguments import CommaLists, command, parse_arguments
-from training.common.checkpoint import Averages
-
-from modeling_edlm import EDLMConfig, EDLMEnergyModel, EDLMForMaskedLM, EDLMModel
-from modeling_edlm.adapter import add_lora
-from training.common.contrast import LOSSES, draw_contrast, energies
-from training.common.results import machine, read_results, write_json
+from training.common.arguments import CommaLists, answer_early, command, parse_arguments
 
 SIZES = {  # hidden, blocks, heads, vocabulary
     "small": (192, 4, 3, 28),
     "full": (768, 12, 12, 50258),
 }
-KINDS = ("shared", "separate")
-TASKS = ("sample", "train")
 
 
 @dataclass(kw_only=True)
@@ -47,6 +38,21 @@ class MemoryArguments(CommaLists):
             raise ValueError(f"sizes must be of {tuple(SIZES)}, got {sorted(unknown)}")
         if not (self.out or self.from_json or self.only):
             raise ValueError(f"out must be given, got {self.out!r}")
+
+
+if __name__ == "__main__":
+    answer_early(MemoryArguments, __doc__)
+
+import torch
+
+from modeling_edlm import EDLMConfig, EDLMEnergyModel, EDLMForMaskedLM, EDLMModel
+from modeling_edlm.adapter import add_lora
+from training.common.checkpoint import Averages
+from training.common.contrast import LOSSES, draw_contrast, energies
+from training.common.results import machine, read_results, write_json
+
+KINDS = ("shared", "separate")
+TASKS = ("sample", "train")
 
 
 def peak() -> int:

@@ -42,44 +42,13 @@ from functools import cache, lru_cache, partial
 from pathlib import Path
 from unittest import mock
 
-import torch
-from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # where pytest finds the modules of the tests
-
-import test_convert
-from support.toy import MASK, chain_law, law_p_k, make_broad_toy, make_toy, p_value, total_variation
-from test_adapter import adapted, denoiser_of
-from test_sampler import chi_square
-
-from modeling_edlm import EDLMModel, draws, proposal, sampler
-from modeling_edlm.adapter import save_adapter
-from modeling_edlm.backbone import compiled, linear, suppress
-from modeling_edlm.draws import draw, uniforms
-from modeling_edlm.vocabulary import draw_projected
-from training.common.arguments import CommaLists, parse_arguments
-from training.common.results import machine, read_results, write_json, write_whole
-
-ALPHA = 1e-4  # of all p-values of a run together
-ROUNDING = 0.04  # 0.012 is the largest that was found; without its energy a law of k = 8 is 0.2 away
-SHARE = 0.01  # of the texts: where rounding moves one draw, all that follows in its text is another
-CLOSE = 1e-4  # of energies, absolute and relative to the largest
+from training.common.arguments import CommaLists, answer_early, found_device, parse_arguments
 
 DTYPES, MODES = ("float32", "bfloat16"), ("eager", "compiled")
 ENERGIES = ("ar", "coar", "nce", "step", "lora", "shared")  # step, lora: of xs; shared: completions, with nce
 CANDIDATES = (1, 2, 8)
-WINDOWS = ((1.0, 0.0), (0.7, 0.5))  # all three steps, and the second alone
-FREE, STEPS = (MASK, MASK, MASK), 3
-STATES_SL = torch.cartesian_prod(*[torch.arange(MASK + 1)] * len(FREE))
-VOCABULARY = 50_258
-
-# Blocks are compiled for each number of rows, padded to a power of two. Of 5,000 rows 3,500 reveal something in a step:
-# 4,096. The different ones of their candidates come to 8,192 or 16,384 as long as they are one batch; cut into batches,
-# what is left over would have any size. (CUDA's attention ends at 65,535 rows.)
-PART = 5000
-BATCHES = {"denoiser_batch_size": PART, "energy_batch_size": max(CANDIDATES) * PART}
-PASS = 4096  # rows that a network is enumerated with
 
 
 @dataclass(kw_only=True)
@@ -97,12 +66,6 @@ class OnDeviceArguments(CommaLists):
     from_json: str = field(default="", metadata={"help": "check nothing, print and draw this file again"})
 
     def __post_init__(self):
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"device must be auto, cpu or cuda, got {self.device!r}")
-        if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device must be one that torch finds here, got 'cuda'")
         for name, kind, allowed in (
             ("dtypes", str, DTYPES),
             ("modes", str, MODES),
@@ -116,7 +79,45 @@ class OnDeviceArguments(CommaLists):
             raise ValueError(f"rows must be at least 1, got {self.rows}")
         if self.max_minutes < 0:
             raise ValueError(f"max_minutes must not be negative, got {self.max_minutes}")
+        self.device = found_device(self.device)
         self.out = self.out or f"hub_cards/results/laws-{self.device}.json"
+
+
+if __name__ == "__main__":
+    answer_early(OnDeviceArguments, __doc__)
+
+import torch
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # where pytest finds the modules of the tests
+
+import test_convert
+from test_adapter import adapted, denoiser_of
+from test_sampler import chi_square
+
+from modeling_edlm import EDLMModel, draws, proposal, sampler
+from modeling_edlm.adapter import save_adapter
+from modeling_edlm.backbone import compiled, linear, suppress
+from modeling_edlm.draws import draw, uniforms
+from modeling_edlm.vocabulary import draw_projected
+from support.toy import MASK, chain_law, law_p_k, make_broad_toy, make_toy, p_value, total_variation
+from training.common.results import machine, read_results, write_json, write_whole
+
+ALPHA = 1e-4  # of all p-values of a run together
+ROUNDING = 0.04  # 0.012 is the largest that was found; without its energy a law of k = 8 is 0.2 away
+SHARE = 0.01  # of the texts: where rounding moves one draw, all that follows in its text is another
+CLOSE = 1e-4  # of energies, absolute and relative to the largest
+WINDOWS = ((1.0, 0.0), (0.7, 0.5))  # all three steps, and the second alone
+FREE, STEPS = (MASK, MASK, MASK), 3
+STATES_SL = torch.cartesian_prod(*[torch.arange(MASK + 1)] * len(FREE))
+VOCABULARY = 50_258
+
+# Blocks are compiled for each number of rows, padded to a power of two. Of 5,000 rows 3,500 reveal something in a step:
+# 4,096. The different ones of their candidates come to 8,192 or 16,384 as long as they are one batch; cut into batches,
+# what is left over would have any size. (CUDA's attention ends at 65,535 rows.)
+PART = 5000
+BATCHES = {"denoiser_batch_size": PART, "energy_batch_size": max(CANDIDATES) * PART}
+PASS = 4096  # rows that a network is enumerated with
 
 
 class Enumerated:

@@ -20,17 +20,23 @@ from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
+from tqdm.auto import tqdm
+
+from training.common.arguments import answer_early, parse_arguments
+
+from .arguments import WARM_UP_STEPS, ProfileArguments, Setting
+
+if __name__ == "__main__":
+    answer_early(ProfileArguments, __doc__)
+
 import torch
 from matplotlib.figure import Figure
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from tqdm.auto import tqdm
-from training.common.arguments import parse_arguments
 
 from training.common.results import read_results, write_json, write_whole
 
-from .arguments import WARM_UP_STEPS, ProfileArguments
-from .measure import COMPILE_SECONDS, Bench, Budget, LeftOut, Ours, Published, Setting, make_sampler, reason
+from .measure import COMPILE_SECONDS, Bench, Budget, LeftOut, Ours, Published, make_sampler, reason
 from .record import reference_code, start_results
 from .report import setting_of
 from .stages import STAGES, clocks

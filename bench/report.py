@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from . import predictions
-from .measure import Setting
+from .arguments import Setting
 from .stages import STAGES
 
 CAPTION = (

@@ -19,6 +19,7 @@ from gradio_client import Client
 from gradio_client.utils import QueueError
 
 from tests.support.space_server import ROOT, STORIES, serve
+from training.common.results import write_json
 
 OUT = ROOT / "hub_cards" / "results" / "space-load-cpu.json"
 
@@ -88,9 +89,7 @@ def main() -> None:
         },
     }
     assert all(answer["state"] == "done" for answer in warm + page + alone + done)
-    temporary = options.out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.replace(options.out)
+    write_json(options.out, result)
     print(json.dumps(result, indent=1))
 
 

@@ -7,6 +7,7 @@ import huggingface_hub
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+
 from support.fake_hub import HOSTS, FakeHub
 
 # workers of one machine share its cores, and so do the processes that they start

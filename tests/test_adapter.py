@@ -12,12 +12,12 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from support.toy import MASK, chain_law, completions, law_p_k, make_toy, p_value
 from transformers import AutoModel
 
 from modeling_edlm import EDLMEnergyModel, EDLMForMaskedLM, EDLMModel
 from modeling_edlm.adapter import DESCRIPTION, WEIGHTS, add_lora, checksum, save_adapter
 from modeling_edlm.backbone import twin
+from support.toy import MASK, chain_law, completions, law_p_k, make_toy, p_value
 
 KINDS = [{"energy_target": "x0", "energy_pooling": "mean"}, {"energy_target": "x0"}, {"energy_target": "xs"}]
 KINDS = [*KINDS, {"energy_target": "xs", "energy_num_layers": 1}]

@@ -15,7 +15,6 @@ import torch
 import yaml
 from huggingface_hub import DatasetCard, ModelCard, SpaceCard, parse_eval_result_entries
 from safetensors.torch import save_file
-from support.toy import make_toy
 from transformers import AutoTokenizer
 
 from bench import memory
@@ -25,6 +24,7 @@ from hub_cards.publish.shipped_cards import BASE as SHIPPED_BASE
 from hub_cards.publish.shipped_cards import SHIPPED, WHOLE, render, results_files, shipped
 from modeling_edlm import EDLMForCausalLM, EDLMModel
 from modeling_edlm.schedule import antithetic_times
+from support.toy import make_toy
 from training import adapt, evaluate_likelihood, evaluate_samples, generate
 from training.common.contrast import accuracy, contrast, draw_contrast, energies
 from training.common.data import PackedTokens, character_tokenizer, tokenize

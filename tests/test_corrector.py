@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from support.toy import MASK, chain_law, completions, make_toy, p_value, revision_kernel
 
 from modeling_edlm import EDLMForMaskedLM
 from modeling_edlm.energies import causal_log_prob
+from support.toy import MASK, chain_law, completions, make_toy, p_value, revision_kernel
 
 ALPHA = 1e-4
 TEXTS = completions((MASK,) * 3, (0, 1, 2))

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.toy import MASK, chain_law, make_toy, p_value
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -24,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from modeling_edlm import EDLMConfig, EDLMForCausalLM, EDLMGenerationConfig, EDLMModel
 from modeling_edlm.custom_generate import generate
+from support.toy import MASK, chain_law, make_toy, p_value
 
 ROOT = Path(__file__).resolve().parent.parent
 FREE = (MASK, MASK, MASK)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from support.fake_hub import INITIAL
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.toy import make_toy
 from transformers import AutoTokenizer
 
 from modeling_edlm import EDLMConfig, EDLMForCausalLM, EDLMModel
+from support.toy import make_toy
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "hub_cards" / "demo.py"

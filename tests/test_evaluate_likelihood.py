@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from support.toy import make_toy
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_edlm import EDLMModel
 from modeling_edlm.likelihood import likelihood_terms
+from support.toy import make_toy
 from training import evaluate_likelihood
 from training.common.components import body_parameters, load_variants, pass_cost
 from training.common.data import character_tokenizer

@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from support.toy import MASK, make_toy
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from modeling_edlm import EDLMConfig, EDLMForCausalLM
+from support.toy import MASK, make_toy
 from training import evaluate_samples
 from training.common.data import character_tokenizer
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.toy import MASK, make_toy
 from transformers import AutoTokenizer
 
 from modeling_edlm import EDLMConfig, EDLMForCausalLM, EDLMModel
 from modeling_edlm.likelihood import likelihood_terms
+from support.toy import MASK, make_toy
 from training import evaluate_settings
 from training.common import settings
 from training.common.components import pass_cost

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
 from support.fake_hub import INITIAL, FakeHub
 
 REPO, TOKEN = "user/tiny", "hf_fake"

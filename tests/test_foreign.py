@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.toy import MASK, chain_law, completions, make_toy, p_value, path_bounds, revision_kernel
 from test_custom_generate import Exact, make_bert, make_gpt2, table_energy
 from transformers import BertForMaskedLM
 
 from modeling_edlm import ForeignModel
+from support.toy import MASK, chain_law, completions, make_toy, p_value, path_bounds, revision_kernel
 
 FREE = (MASK,) * 3
 TEXTS = torch.tensor(completions(FREE, (0, 1, 2)))

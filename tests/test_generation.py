@@ -7,6 +7,17 @@ import shutil
 
 import pytest
 import torch
+from transformers import (
+    MaxTimeCriteria,
+    SuppressTokensLogitsProcessor,
+    TextDiffusionStreamer,
+    TextIteratorStreamer,
+    TextStreamer,
+)
+
+from modeling_edlm import EDLMForMaskedLM, EDLMGenerationConfig, EDLMModel
+from modeling_edlm.backbone import Backbone, fixed_weights
+from modeling_edlm.energies import distinct
 from support.toy import (
     MASK,
     chain_law,
@@ -19,17 +30,6 @@ from support.toy import (
     p_value,
     total_variation,
 )
-from transformers import (
-    MaxTimeCriteria,
-    SuppressTokensLogitsProcessor,
-    TextDiffusionStreamer,
-    TextIteratorStreamer,
-    TextStreamer,
-)
-
-from modeling_edlm import EDLMForMaskedLM, EDLMGenerationConfig, EDLMModel
-from modeling_edlm.backbone import Backbone, fixed_weights
-from modeling_edlm.energies import distinct
 
 ALPHA = 1e-4
 ROWS = 40_000

@@ -6,19 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from support.toy import (
-    MASK,
-    chain_law,
-    completions,
-    exact_energy,
-    law_p_k,
-    law_shared,
-    log_mu,
-    make_broad_toy,
-    make_toy,
-    path_bounds,
-    subsets,
-)
 
 from modeling_edlm import EDLMGenerationConfig, proposal
 from modeling_edlm.draws import draw
@@ -33,6 +20,19 @@ from modeling_edlm.likelihood import (
     mean_and_stderr,
 )
 from modeling_edlm.proposal import ProposalMixin
+from support.toy import (
+    MASK,
+    chain_law,
+    completions,
+    exact_energy,
+    law_p_k,
+    law_shared,
+    log_mu,
+    make_broad_toy,
+    make_toy,
+    path_bounds,
+    subsets,
+)
 
 FREE = (MASK, MASK, MASK)
 TEXTS = torch.tensor(completions(FREE, (0, 1, 2)))  # all 27

@@ -17,7 +17,6 @@ import pytest
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import load, save
-from support.fake_hub import HOSTS, FakeHub
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 from transformers import __version__ as library
 
@@ -25,6 +24,7 @@ from modeling_edlm import EDLMForCausalLM, EDLMModel
 from modeling_edlm.adapter import CONFIG, DESCRIPTION, WEIGHTS
 from modeling_edlm.configuration_edlm import AUTO_MAP
 from modeling_edlm.custom_generate import generate
+from support.fake_hub import HOSTS, FakeHub
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED, LIGHT_SHIPPED, BOOKS = (ROOT / "hub_cards" / f"edlm-wiki27{name}" for name in ("", "-light", "-books"))

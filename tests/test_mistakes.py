@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.toy import MASK, chain_law, completions, exact_energy, law_p_k, log_mu, make_toy, p_value
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import modeling_edlm
@@ -18,6 +17,7 @@ from modeling_edlm import EDLMConfig, EDLMForCausalLM, EDLMGenerationConfig, sam
 from modeling_edlm.energies import candidate_energies, causal_log_prob
 from modeling_edlm.likelihood import log_mean_exp
 from modeling_edlm.schedule import conditioning
+from support.toy import MASK, chain_law, completions, exact_energy, law_p_k, log_mu, make_toy, p_value
 from training.common.contrast import contrast
 
 FREE = (MASK, MASK, MASK)

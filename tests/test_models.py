@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.toy import MASK, make_toy
 from test_sampler import chi_square
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
@@ -19,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from modeling_edlm import EDLMConfig, EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
 from modeling_edlm.backbone import CACHE, apply_linear
 from modeling_edlm.energies import causal_log_prob
+from support.toy import MASK, make_toy
 from training.common.contrast import nce_loss
 
 SMALL = {"vocab_size": 12, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "cond_dim": 4}

@@ -6,12 +6,12 @@ import time
 
 import pytest
 import torch
-from support.toy import MASK
 
 from bench import on_device
 from modeling_edlm import backbone, proposal, sampler
 from modeling_edlm.backbone import Backbone
 from modeling_edlm.draws import choose, draw
+from support.toy import MASK
 
 SMALL = "--device cpu --rows 2000 --dtypes float32 --modes eager --energies nce --num_candidates 1,8".split()
 TOP = (

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
-from support.fake_hub import INITIAL, FakeHub
-from support.toy import make_toy
 
 from hub_cards.publish import push, upload
 from hub_cards.publish.assemble import generate_code, model_code
 from modeling_edlm.configuration_edlm import AUTO_MAP, CUSTOM_PIPELINES
+from support.fake_hub import INITIAL, FakeHub
+from support.toy import make_toy
 
 ROOT = Path(__file__).parents[1]
 REPO, BASE = "user/edlm-tiny", "user/edlm-base"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from support.toy import MASK, make_toy
 
 FIXTURE = Path(__file__).parent / "fixtures" / "same-text.json"

@@ -16,10 +16,10 @@ import torch
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from safetensors.torch import load_file
-from support.space_server import MODEL, ROOT, SPACE, STORIES, serve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_edlm import EDLMModel
+from support.space_server import MODEL, ROOT, SPACE, STORIES, serve
 from training.common.metrics import bits_per_character
 
 SHORT = {"num_steps": 6, "num_candidates": 4, "window_low": 0.0, "length": 24}

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
+from transformers import AutoTokenizer
+
 from support.chromium import ADVICE, find
 from support.space_server import STORIES, serve
-from transformers import AutoTokenizer
 
 # With a folder here, what each test sees is saved into it: this is how spaces_app/screenshots/ was made.
 SHOTS = os.environ.get("SPACE_SCREENSHOTS")

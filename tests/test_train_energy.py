@@ -15,13 +15,13 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 from peft import PeftModel
 from safetensors.torch import load_file
-from support.toy import MASK, make_toy
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from bench import curves, memory
 from modeling_edlm import EDLMConfig, EDLMEnergyModel, EDLMForMaskedLM, EDLMModel
 from modeling_edlm.adapter import checksum
 from modeling_edlm.likelihood import log_mean_ratio
+from support.toy import MASK, make_toy
 from training import adapt, compose, train_energy
 from training.common.contrast import draw_contrast, energies, nce_loss, ranking_loss
 from training.common.data import character_tokenizer, read_texts

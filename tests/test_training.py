@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.toy import MASK, completions, log_mu, make_toy
 
 from hub_cards.publish import cards
 from modeling_edlm import EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
 from modeling_edlm.backbone import Block
+from support.toy import MASK, completions, log_mu, make_toy
 from training import compose, pretrain, report, train_energy
 from training.common.contrast import LOSSES, contrast, energies, step_times
 from training.common.data import character_tokenizer

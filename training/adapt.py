@@ -15,23 +15,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from matplotlib.figure import Figure
-from transformers import AutoTokenizer
-
-from modeling_edlm import EDLMModel
-
-from .common.arguments import CommaLists, command, parse_arguments
-from .common.components import load_variants
-from .common.data import PackedTokens, tokenize
-from .common.metrics import ngram_divergence
-from .common.results import machine, read_results, write_json, write_whole
-from .common.stages import run_script
-from .evaluate_likelihood import NUM_BUCKETS, name_of, number
+from .common.arguments import CommaLists, answer_early, command, parse_arguments
 
 ENERGY = "adapted"
-NGRAMS = (1, 2, 3, 4)
-NOT_RECORDED = {"output_dir", "cache_dir", "num_threads", "from_json", "num_processes"}
 
 
 @dataclass(kw_only=True)
@@ -91,6 +77,26 @@ def cache(arguments: AdaptArguments) -> Path:
 
 def energies(arguments: AdaptArguments) -> list[str]:
     return [f"nce@{ENERGY}={Path(arguments.output_dir) / 'model'}", *arguments.listed("energies")]
+
+
+if __name__ == "__main__":
+    answer_early(AdaptArguments, __doc__)
+
+import torch
+from matplotlib.figure import Figure
+from transformers import AutoTokenizer
+
+from modeling_edlm import EDLMModel
+
+from .common.components import load_variants
+from .common.data import PackedTokens, tokenize
+from .common.metrics import ngram_divergence
+from .common.results import machine, read_results, write_json, write_whole
+from .common.stages import run_script
+from .evaluate_likelihood import NUM_BUCKETS, name_of, number
+
+NGRAMS = (1, 2, 3, 4)
+NOT_RECORDED = {"output_dir", "cache_dir", "num_threads", "from_json", "num_processes"}
 
 
 def bounds(arguments: AdaptArguments, run: Path) -> dict:

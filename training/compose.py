@@ -8,22 +8,12 @@ no PEFT. An AR energy needs no training, but the denoiser's token ids (and it ma
 """
 
 import json
-import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modeling_edlm import EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMGenerationConfig, EDLMModel
-
-from .common.arguments import parse_arguments
-from .common.components import check_tokenizer
-from .common.data import read_texts
-from .common.judge import WORDS
-from .common.metrics import word_list
+from .common.arguments import answer_early, generation_config, parse_arguments
 
 
 @dataclass
@@ -54,7 +44,22 @@ class ComposeArguments:
             raise ValueError(f"words are the judge's: give judge, or leave words out, got {self.words!r}")
         if not isinstance(settings := yaml.safe_load(self.generation) or {}, dict):
             raise ValueError(f"generation must be a mapping of names to values, got {self.generation!r}")
-        self.generation_config = EDLMGenerationConfig(**settings)
+        self.generation_config = generation_config(**settings)
+
+
+if __name__ == "__main__":
+    answer_early(ComposeArguments, __doc__)
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modeling_edlm import EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
+
+from .common.components import check_tokenizer
+from .common.data import read_texts
+from .common.judge import WORDS
+from .common.metrics import word_list
+from .common.results import added_files
 
 
 def with_parts(denoiser, tokenizer, arguments: ComposeArguments) -> EDLMModel | EDLMEnergyModel:
@@ -81,27 +86,22 @@ def main(argv: list[str] | None = None):
     tokenizer = AutoTokenizer.from_pretrained(arguments.denoiser)
     model = with_parts(denoiser, tokenizer, arguments).to(getattr(torch, arguments.dtype))
     out = Path(arguments.out)
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, max_shard_size=arguments.max_shard_size)
-    tokenizer.save_pretrained(temporary)
-    for name, source in {"ar": arguments.ar, "judge": arguments.judge}.items():
-        if source:
-            scorer = EDLMForCausalLM.from_pretrained(source).to(getattr(torch, arguments.dtype))
-            scorer.save_pretrained(temporary / name, max_shard_size=arguments.max_shard_size)
-            for copy in (temporary / name).glob("*.py"):  # a subfolder takes its code from the root
-                copy.unlink()
-    if arguments.words:
-        listed = sorted(word_list(read_texts(arguments.words)))
-        (temporary / "judge" / WORDS).write_text("\n".join(listed) + "\n", encoding="utf-8")
-    for file in temporary.rglob("config.json"):  # half precision saves space, but computing in it is slow on most CPUs
-        config = json.loads(file.read_text(encoding="utf-8")) | {"dtype": "float32"}
-        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for file in [file for file in temporary.rglob("*") if file.is_file()]:  # all is written: now it takes its place
-        target = out / file.relative_to(temporary)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(file, target)
-    shutil.rmtree(temporary)
+    with added_files(out) as temporary:
+        model.save_pretrained(temporary, max_shard_size=arguments.max_shard_size)
+        tokenizer.save_pretrained(temporary)
+        for name, source in {"ar": arguments.ar, "judge": arguments.judge}.items():
+            if source:
+                scorer = EDLMForCausalLM.from_pretrained(source).to(getattr(torch, arguments.dtype))
+                scorer.save_pretrained(temporary / name, max_shard_size=arguments.max_shard_size)
+                for copy in (temporary / name).glob("*.py"):  # a subfolder takes its code from the root
+                    copy.unlink()
+        if arguments.words:
+            listed = sorted(word_list(read_texts(arguments.words)))
+            (temporary / "judge" / WORDS).write_text("\n".join(listed) + "\n", encoding="utf-8")
+        # half precision saves space, but computing in it is slow on most CPUs
+        for file in temporary.rglob("config.json"):
+            config = json.loads(file.read_text(encoding="utf-8")) | {"dtype": "float32"}
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     print(f"wrote {out}")
 
 

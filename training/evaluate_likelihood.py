@@ -30,59 +30,15 @@ from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
-import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
-from matplotlib.figure import Figure
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-import modeling_edlm
-from modeling_edlm import EDLMForMaskedLM, EDLMGenerationConfig, EDLMModel
-from modeling_edlm.backbone import position_chunks
-from modeling_edlm.likelihood import ESTIMATORS, likelihood_terms
-from modeling_edlm.schedule import times
+from .common.arguments import COMPLETIONS, PUBLIC_DATA, CommaLists, answer_early, generation_config, parse_arguments
 
-from .common.arguments import PUBLIC_DATA, CommaLists, parse_arguments
-from .common.checkpoint import fingerprint
-from .common.components import COMPLETIONS, body_parameters, load_variants, pass_cost, with_energy
-from .common.data import PackedTokens, tokenize
-from .common.results import machine, read_results, write_json, write_whole
-from .pretrain import ar_loss
-
-NUM_BUCKETS = 5  # of t
-SHARED = ", shared"  # behind the name of an energy whose candidates share a completion
-# what the numbers come from
-CODE = (
-    "backbone",
-    "draws",
-    "energies",
-    "energy_network",
-    "likelihood",
-    "modeling_edlm",
-    "proposal",
-    "sampler",
-    "schedule",
-)
 NOT_RECORDED = {"out", "cache_dir", "num_threads", "from_json"}
 LEAST = dict.fromkeys(
     ("num_samples", "num_shared_samples", "num_times", "num_times_plain", "batch_size", "energy_batch_size", "chunk"), 1
 )
 LEAST |= {"num_sequences": 0, "num_threads": 0}
-OTHERS = {"ar": "AR, exact", "mdlm": "MDLM in continuous time, at most"}
-NOTES = {
-    "bits": "sums of bits over sums of units; stderr over sequences, that of a ratio; all rows have the same sequences",
-    "bound": "of EDLM: that of MDLM from num_times_plain draws, less the gain",
-    "gain": "bits per token by which the energy lowers the bound of the same draws without it; in the buckets of t the "
-    "share of each in this gain: they add up to it",
-    "ess": "effective sample size of the k weights, mean over draws; a draw is a revealed position",
-    "passes": "expected steps that reveal something, T (1 - (1 - 1/T)^L), and k for each of them in the window; an "
-    "energy pass counts as pass_cost denoiser passes, the ratio of parameters without embedding and output projection",
-    "versus_equal_cost": "EDLM minus MDLM with as many equivalent passes, interpolated between the measured numbers of "
-    "steps in the logarithm of passes; beyond the largest one, minus MDLM with that many steps",
-    "seconds": "of evaluation for each sequence: all k and temperatures of an energy at one T are measured together",
-    "paper": "the published estimator, with the lower and the asymptotic upper form of log Z; not a bound (README)",
-}
 
 
 @dataclass(kw_only=True)
@@ -130,14 +86,19 @@ class LikelihoodArguments(CommaLists):
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.mixed_precision not in ("no", "bf16"):
             raise ValueError(f"mixed_precision must be no or bf16, got {self.mixed_precision!r}")
-        if not self.listed("estimators") or not set(self.listed("estimators")) <= set(ESTIMATORS):
-            raise ValueError(f"estimators must be of {ESTIMATORS}, with commas between, got {self.estimators!r}")
         if not self.listed("completions") or not set(self.listed("completions")) <= set(COMPLETIONS):
             raise ValueError(f"completions must be of {COMPLETIONS}, with commas between, got {self.completions!r}")
         if "paper" in self.listed("estimators") and self.num_samples < 2:
             raise ValueError(f"num_samples must be at least 2 for the estimator 'paper', got {self.num_samples}")
         if not 0 <= self.window_low <= 1:
             raise ValueError(f"window_low must lie in [0, 1], got {self.window_low}")
+        names = [data_name(source) for source in self.listed("data")]
+        if len(set(names)) < len(names):
+            raise ValueError(f"data must have different names, got {self.data!r}")
+        from modeling_edlm.likelihood import ESTIMATORS  # with torch, so checked last
+
+        if not self.listed("estimators") or not set(self.listed("estimators")) <= set(ESTIMATORS):
+            raise ValueError(f"estimators must be of {ESTIMATORS}, with commas between, got {self.estimators!r}")
         for name, kind, option in (
             ("num_steps", int, "num_steps"),
             ("num_candidates", int, "num_candidates"),
@@ -146,10 +107,7 @@ class LikelihoodArguments(CommaLists):
             if not self.listed(name, kind):
                 raise ValueError(f"{name} must be numbers with commas between, got {getattr(self, name)!r}")
             for value in self.listed(name, kind):
-                EDLMGenerationConfig(**{option: value})  # checks it
-        names = [data_name(source) for source in self.listed("data")]
-        if len(set(names)) < len(names):
-            raise ValueError(f"data must have different names, got {self.data!r}")
+                generation_config(**{option: value})  # checks it
 
     def settings(self) -> list[tuple[int, float]]:
         """(k, tau) where the energy has a choice."""
@@ -173,6 +131,57 @@ class LikelihoodArguments(CommaLists):
 
 def data_name(source: str) -> str:
     return Path(source).stem if Path(source).is_file() else Path(source).name
+
+
+if __name__ == "__main__":
+    answer_early(LikelihoodArguments, __doc__)
+
+import numpy as np
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from matplotlib.figure import Figure
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import modeling_edlm
+from modeling_edlm import EDLMForMaskedLM, EDLMGenerationConfig, EDLMModel
+from modeling_edlm.backbone import position_chunks
+from modeling_edlm.likelihood import likelihood_terms
+from modeling_edlm.schedule import times
+
+from .common.checkpoint import fingerprint
+from .common.components import body_parameters, load_variants, pass_cost, with_energy
+from .common.data import PackedTokens, tokenize
+from .common.results import machine, read_results, write_json, write_whole
+from .pretrain import ar_loss
+
+NUM_BUCKETS = 5  # of t
+SHARED = ", shared"  # behind the name of an energy whose candidates share a completion
+# what the numbers come from
+CODE = (
+    "backbone",
+    "draws",
+    "energies",
+    "energy_network",
+    "likelihood",
+    "modeling_edlm",
+    "proposal",
+    "sampler",
+    "schedule",
+)
+OTHERS = {"ar": "AR, exact", "mdlm": "MDLM in continuous time, at most"}
+NOTES = {
+    "bits": "sums of bits over sums of units; stderr over sequences, that of a ratio; all rows have the same sequences",
+    "bound": "of EDLM: that of MDLM from num_times_plain draws, less the gain",
+    "gain": "bits per token by which the energy lowers the bound of the same draws without it; in the buckets of t the "
+    "share of each in this gain: they add up to it",
+    "ess": "effective sample size of the k weights, mean over draws; a draw is a revealed position",
+    "passes": "expected steps that reveal something, T (1 - (1 - 1/T)^L), and k for each of them in the window; an "
+    "energy pass counts as pass_cost denoiser passes, the ratio of parameters without embedding and output projection",
+    "versus_equal_cost": "EDLM minus MDLM with as many equivalent passes, interpolated between the measured numbers of "
+    "steps in the logarithm of passes; beyond the largest one, minus MDLM with that many steps",
+    "seconds": "of evaluation for each sequence: all k and temperatures of an energy at one T are measured together",
+    "paper": "the published estimator, with the lower and the asymptotic upper form of log Z; not a bound (README)",
+}
 
 
 @dataclass
@@ -346,13 +355,13 @@ class Parts:
                 )
                 arrays = {name: getattr(terms, name) for name in ("t_BJ", "mdlm_BJ", "nll_BJC", "ess_BJC")}
         arrays = {name: values.numpy() for name, values in arrays.items()}
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, seconds=time.perf_counter() - started, **arrays)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        arrays["seconds"] = time.perf_counter() - started
+
+        def save(temporary: Path) -> None:
+            with open(temporary, "wb") as file:  # numpy would give a path another suffix
+                np.savez(file, **arrays)
+
+        write_whole(path, save)
 
     def merged(self, text: Text, job: Job) -> dict[str, np.ndarray]:
         """The arrays of all sequences of a text, in order; `seconds` for each sequence."""

@@ -20,31 +20,19 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-import torch
-from matplotlib.figure import Figure
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_edlm import EDLMGenerationConfig, EDLMModel
-from modeling_edlm.energies import causal_log_prob
-
-from .common import metrics
-from .common.arguments import PUBLIC_DATA, CommaLists, parse_arguments
-from .common.checkpoint import fingerprint
-from .common.components import COMPLETIONS, KINDS, body_parameters, with_energy
-from .common.components import label as energy_name
-from .common.data import PackedTokens, tokenize
-from .common.loop import step_seed
-from .common.results import machine, read_results, write_json, write_whole
-
-NGRAMS = (1, 2, 3, 4)
-WORD_BLOCKS = 4096  # the word list comes from the reference and so many blocks in all: a short list lacks many words
-COST = (
-    "equivalent_passes: passes of the denoiser over a whole text that cost as many parameter uses, nfe + energy_nfe * "
-    "(parameters of the energy / of the denoiser), input embedding and output projection left out. The autoregressive "
-    "model with its cache reads every position once, in nfe = length calls one after the other: one pass by this count."
+from .common.arguments import (
+    COMPLETIONS,
+    KINDS,
+    PUBLIC_DATA,
+    CommaLists,
+    answer_early,
+    found_device,
+    generation_config,
+    parse_arguments,
 )
+
 NOT_RECORDED = {"out", "cache_dir", "num_threads", "from_json"}  # of the recorded command
 
 
@@ -97,8 +85,6 @@ class SampleArguments(CommaLists):
             raise ValueError(f"window_lows must lie in [0, 1], got {self.window_lows!r}")
         if not set(self.listed("completions")) <= set(COMPLETIONS):
             raise ValueError(f"completions must be of {COMPLETIONS}, with commas between, got {self.completions!r}")
-        for temperature in self.listed("temperatures", float):
-            EDLMGenerationConfig(temperature=temperature)  # checks it
         for item in filter(None, self.energies.split(",")):
             if item.partition("=")[0] not in KINDS or not item.partition("=")[2]:
                 raise ValueError(f"energies must be ar=, coar= or nce= and a folder, with commas between, got {item!r}")
@@ -106,8 +92,9 @@ class SampleArguments(CommaLists):
             raise ValueError(f"rerank must be 2 or more, with a ranker, got {self.rerank} and ranker={self.ranker!r}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
-        if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        for temperature in self.listed("temperatures", float):
+            generation_config(temperature=temperature)  # checks it
+        self.device = found_device(self.device)
         self.num_references = self.num_references or self.num_samples
 
     @property
@@ -122,6 +109,34 @@ class SampleArguments(CommaLists):
         changed["out"] = Path(self.out).name if Path(self.out).is_absolute() else self.out
         parts = [str(part) for name, value in changed.items() for part in (f"--{name}", value)]
         return shlex.join(["python", "-m", "training.evaluate_samples", *parts])
+
+
+if __name__ == "__main__":
+    answer_early(SampleArguments, __doc__)
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_edlm import EDLMModel
+from modeling_edlm.energies import causal_log_prob
+
+from .common import metrics
+from .common.checkpoint import fingerprint
+from .common.components import body_parameters, with_energy
+from .common.components import label as energy_name
+from .common.data import PackedTokens, tokenize
+from .common.loop import step_seed
+from .common.results import Store, machine, read_results, write_json, write_whole
+
+NGRAMS = (1, 2, 3, 4)
+WORD_BLOCKS = 4096  # the word list comes from the reference and so many blocks in all: a short list lacks many words
+COST = (
+    "equivalent_passes: passes of the denoiser over a whole text that cost as many parameter uses, nfe + energy_nfe * "
+    "(parameters of the energy / of the denoiser), input embedding and output projection left out. The autoregressive "
+    "model with its cache reads every position once, in nfe = length calls one after the other: one pass by this count."
+)
 
 
 # ---- what is sampled from, and by whom it is scored
@@ -516,26 +531,6 @@ def plot(results: dict, path: Path) -> None:
     figure.savefig(path, dpi=120, format="png")
 
 
-class Finished:
-    """The settings that are done, a JSON line each; a line that a kill cut off is dropped."""
-
-    def __init__(self, path: Path):
-        self.path, self.rows = path, {}
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue
-                self.rows[entry["key"]] = entry["row"]
-            write_whole(path, "".join(json.dumps({"key": k, "row": v}) + "\n" for k, v in self.rows.items()))
-
-    def add(self, key: str, row: dict) -> None:
-        self.rows[key] = row
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, "row": row}) + "\n")
-
-
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(SampleArguments, __doc__, argv)
     if arguments.from_json:
@@ -546,28 +541,24 @@ def main(argv: list[str] | None = None) -> None:
     networks = Networks(arguments)
     judge = Judge(arguments, networks, AutoTokenizer.from_pretrained(arguments.model))
     out = Path(arguments.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    finished = Finished(out.with_suffix(".jsonl"))
+    store = Store(out.with_suffix(".jsonl"))
     what = "num_samples num_references num_resamples batch_size seed dtype device scorer_tokenizer".split()
     identity = {name: getattr(arguments, name) for name in what} | judge.fingerprints()
     identity |= {name: networks.weights[name] for name in ("denoiser", "scorer")}
 
     def row_of(setting: dict | None) -> dict:
-        """From the file of finished settings, else measured and written there."""
-        network = networks.weights.get(setting and setting["network"])
-        made_from = json.dumps([setting, network, identity], sort_keys=True)
-        key = hashlib.sha256(made_from.encode()).hexdigest()
-        if key not in finished.rows:
-            if setting is None:
-                row = judge(judge.data_BL)
-            else:
-                x_BL, cost = sample(setting, networks, arguments)
-                row = setting | {"scorer_is_own": setting["network"] in networks.scorer_is} | cost | judge(x_BL)
-            finished.add(key, row)
-        return finished.rows[key]
+        if setting is None:
+            return judge(judge.data_BL)
+        x_BL, cost = sample(setting, networks, arguments)
+        return setting | {"scorer_is_own": setting["network"] in networks.scorer_is} | cost | judge(x_BL)
+
+    def key_of(setting: dict | None) -> str:
+        made_from = [setting, networks.weights.get(setting and setting["network"]), identity]
+        return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
     grid = [None, *settings(arguments, networks)]
-    data, *rows = [row_of(setting) for setting in tqdm(grid, desc="settings")]
+    grid = tqdm(grid, desc="settings")
+    data, *rows = [store.row(key_of(setting), lambda setting=setting: row_of(setting)) for setting in grid]
     about = machine()
     about["versions"] |= _versions("evaluate", "mauve-text", "numpy")
     results = {"command": arguments.command()} | {k: v for k, v in asdict(arguments).items() if k not in NOT_RECORDED}
@@ -588,7 +579,7 @@ def main(argv: list[str] | None = None) -> None:
     write_json(out, results)
     write_whole(out.with_suffix(".png"), lambda path: plot(results, path))
     print(table(results))
-    print(f"\nresults: {out}\nplot: {out.with_suffix('.png')}\nfinished settings: {finished.path}")
+    print(f"\nresults: {out}\nplot: {out.with_suffix('.png')}\nfinished settings: {store.path}")
 
 
 def _versions(*names: str) -> dict[str, str | None]:

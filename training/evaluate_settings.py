@@ -13,38 +13,13 @@ are sampled at each of `--temperatures`, all others at the first one. What is fi
 Shapes: B texts, J draws for each, C values of k, L length.
 """
 
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
-from matplotlib.figure import Figure
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
-from modeling_edlm import EDLMGenerationConfig, EDLMModel
-from modeling_edlm.likelihood import likelihood_terms
-
-from .common.arguments import CommaLists, command, parse_arguments
-from .common.checkpoint import fingerprint
-from .common.components import load_variants, pass_cost
-from .common.data import DocumentBlocks, PackedTokens, tokenize
-from .common.judge import Judge, before_end
-from .common.metrics import LN2, ratio, token_entropy
-from .common.results import machine, read_lines, read_results, write_json, write_whole
-from .common.settings import chosen, kind_of, label, table
-
-NOTES = {
-    "bound": "bits per character of whole rows, an upper bound for the sampler that runs; gain: by how much the energy "
-    "lowers it on the same draws; stderr over texts",
-    "corrector": "rounds and positions masked in each, after the last step; the energy acts in no step then",
-    "samples": "up to their EOS; judge: bits per character under a model that is not the energy; known_words: share of "
-    "the words that its training text has; entropy: of a text's own token frequencies, in nats",
-    "passes": "nfe + pass_cost * energy_nfe, each as counted by generate(); pass_cost: parameters of the energy over "
-    "those of the denoiser, embeddings left out",
-}
+from .common.arguments import CommaLists, answer_early, command, generation_config, parse_arguments
 
 
 @dataclass(kw_only=True)
@@ -90,11 +65,11 @@ class SettingsArguments(CommaLists):
             if min(self.listed(name, int), default=0) < smallest:
                 raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)!r}")
         for window in self.all_windows:
-            EDLMGenerationConfig(energy_window=window)  # checks it
+            generation_config(energy_window=window)  # checks it
         for rounds, size, k in self.all_correctors:
-            EDLMGenerationConfig(corrector_steps=rounds, corrector_size=size, num_candidates=k)
+            generation_config(corrector_steps=rounds, corrector_size=size, num_candidates=k)
         for temperature in self.listed("temperatures", float):
-            EDLMGenerationConfig(temperature=temperature)
+            generation_config(temperature=temperature)
 
     @property
     def all_windows(self) -> list[tuple[float, float]]:
@@ -114,21 +89,34 @@ class SettingsArguments(CommaLists):
         return found
 
 
-@dataclass
-class Store:
-    """Rows by key, in a file that grows by a line each: what is there is not measured again."""
+if __name__ == "__main__":
+    answer_early(SettingsArguments, __doc__)
 
-    path: Path
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from transformers import AutoTokenizer
 
-    def row(self, key: dict, make) -> dict:
-        for line in read_lines(self.path):
-            if line["key"] == key:
-                return line["row"]
-        row = make()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, "row": row}) + "\n")
-        return row
+from modeling_edlm import EDLMGenerationConfig, EDLMModel
+from modeling_edlm.likelihood import likelihood_terms
+
+from .common.checkpoint import fingerprint
+from .common.components import load_variants, pass_cost
+from .common.data import DocumentBlocks, PackedTokens, tokenize
+from .common.judge import Judge, before_end
+from .common.metrics import LN2, ratio, token_entropy
+from .common.results import Store, machine, read_results, write_json, write_whole
+from .common.settings import chosen, kind_of, label, table
+
+NOTES = {
+    "bound": "bits per character of whole rows, an upper bound for the sampler that runs; gain: by how much the energy "
+    "lowers it on the same draws; stderr over texts",
+    "corrector": "rounds and positions masked in each, after the last step; the energy acts in no step then",
+    "samples": "up to their EOS; judge: bits per character under a model that is not the energy; known_words: share of "
+    "the words that its training text has; entropy: of a text's own token frequencies, in nats",
+    "passes": "nfe + pass_cost * energy_nfe, each as counted by generate(); pass_cost: parameters of the energy over "
+    "those of the denoiser, embeddings left out",
+}
 
 
 def bounds(model: EDLMModel, x0_BL: torch.Tensor, characters_B, num_steps: int, arguments) -> list[dict]:

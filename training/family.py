@@ -23,27 +23,9 @@ from pathlib import Path
 from statistics import median
 from time import monotonic
 
-import torch
 import yaml
-from matplotlib.figure import Figure
-from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer
 
-from modeling_edlm import EDLMEnergyModel
-from modeling_edlm.adapter import DESCRIPTION
-
-from .common.arguments import CommaLists, command, parse_arguments
-from .common.checkpoint import run_facts
-from .common.results import machine, read_lines, read_results, replaced_folder, write_json, write_whole
-from .common.stages import run_script
-from .pretrain import PretrainArguments, load_trained
-from .train_energy import EnergyArguments
-
-SCRIPTS = {"pretrain": PretrainArguments, "train_energy": EnergyArguments}
-MARGIN = 0.93  # of the minutes are planned for: a run may be a little slower than its trial, and is evaluated
-EVALUATIONS = 8  # of a run
-WARMUP = 0.03  # of the steps of a run
-TRIAL_WARMUP = 30  # steps
+from .common.arguments import CommaLists, answer_early, command, parse_arguments
 
 
 @dataclass(kw_only=True)
@@ -65,6 +47,30 @@ class FamilyArguments(CommaLists):
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if any("=" not in item for item in self.listed("given")):
             raise ValueError(f"given must be name=FOLDER, with commas between, got {self.given!r}")
+
+
+if __name__ == "__main__":
+    answer_early(FamilyArguments, __doc__)
+
+import torch
+from matplotlib.figure import Figure
+from safetensors import safe_open
+from transformers import AutoConfig, AutoTokenizer
+
+from modeling_edlm import EDLMEnergyModel
+from modeling_edlm.adapter import DESCRIPTION
+
+from .common.checkpoint import run_facts
+from .common.results import machine, read_lines, read_results, replaced_folder, write_json, write_whole
+from .common.stages import run_script
+from .pretrain import PretrainArguments, load_trained
+from .train_energy import EnergyArguments
+
+SCRIPTS = {"pretrain": PretrainArguments, "train_energy": EnergyArguments}
+MARGIN = 0.93  # of the minutes are planned for: a run may be a little slower than its trial, and is evaluated
+EVALUATIONS = 8  # of a run
+WARMUP = 0.03  # of the steps of a run
+TRIAL_WARMUP = 30  # steps
 
 
 @dataclass(kw_only=True)

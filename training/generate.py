@@ -8,11 +8,11 @@ Rows are numbered: sample j of prompt i is row i * num_return_sequences + j. The
 seed, its number, its prompt and the settings, whatever the batch and the process that it is made in (up to rounding:
 kernels may sum in another order for another batch size).
 
-Each process of each start appends to a file of its own in the folder `<out>.parts/`, which all must see, and nobody
-appends to it later. So a kill costs the batch that was at work and tears one line at most. A new start, with any number
-of processes, makes the rows that are missing; batch_size, compile, device and num_threads may be others, what the rows
-depend on may not. The last act joins all rows in their order and gives the file its name; beside samples.jsonl it puts
-samples.settings.yaml, which says what the rows depend on.
+Each batch is a file in the folder `<out>.parts/`, which all processes must see, and has its name when it is whole. So a
+kill costs the batch that was at work. A new start, with any number of processes, makes the rows that are missing;
+batch_size, compile, device and num_threads may be others, what the rows depend on may not. The last act joins all rows
+in their order and gives the file its name; beside samples.jsonl it puts samples.settings.yaml, which says what the rows
+depend on.
 
 The rows have the columns row, prompt (null for a free sample), text (the prompt included, special tokens left out),
 tokens (ids, all of the text), nfe, energy_nfe (passes of denoiser and energy) and seed.
@@ -21,47 +21,27 @@ Shapes: B rows of a batch, L length.
 """
 
 import copy
-import fcntl
 import hashlib
 import json
 import math
-import os
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
 import yaml
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from modeling_edlm import EDLMGenerationConfig, EDLMModel
-from modeling_edlm.backbone import rows_at_once
+from .common.arguments import CommaLists, answer_early, found_device, generation_config, parse_arguments
 
-from .common.arguments import CommaLists, parse_arguments
-from .common.checkpoint import fingerprint
-from .common.data import read_texts
-from .common.results import write_json, write_whole
-
-ROW_GROUP = 1000  # rows of a parquet file that are in memory together
 LENGTHS = ("max_length", "max_new_tokens")
 SAMPLING = ("num_steps", "num_candidates", "energy_window", "energy_temperature", "shared_completion")
 SAMPLING += ("corrector_steps", "corrector_size", "corrector_candidates", "corrector_temperature")
 SAMPLING += ("temperature", "top_k", "top_p", "do_sample")  # options of generate() that a text depends on
-ENDS = ("eos_token_id", "pad_token_id")  # in the checkpoint's settings alone
-SCHEMA = pa.schema(
-    {"row": pa.int64(), "prompt": pa.string(), "text": pa.string(), "tokens": pa.list_(pa.int64())}
-    | {"nfe": pa.int64(), "energy_nfe": pa.int64(), "seed": pa.int64()}
-)
 
 
 @dataclass(kw_only=True)
@@ -119,12 +99,10 @@ class GenerateArguments(CommaLists):
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must lie in [0, 2**63), got {self.seed}")
-        for name, allowed in {"dtype": ("float32", "bfloat16"), "device": ("auto", "cpu", "cuda")}.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device must be one that torch finds here, got 'cuda'")
-        EDLMGenerationConfig(**self.given(*SAMPLING, *LENGTHS, "num_return_sequences"))  # checks them
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
+        found_device(self.device)
+        generation_config(**self.given(*SAMPLING, *LENGTHS, "num_return_sequences"))  # checks them
 
     def given(self, *names: str) -> dict:
         """Those of the options of `generate()` that were set; the others are the checkpoint's."""
@@ -132,6 +110,31 @@ class GenerateArguments(CommaLists):
         if self.energy_window and "energy_window" in names:
             values["energy_window"] = tuple(self.listed("energy_window", float, distinct=False))
         return {name: value for name, value in values.items() if value is not None}
+
+
+if __name__ == "__main__":
+    answer_early(GenerateArguments, __doc__)
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from modeling_edlm import EDLMGenerationConfig, EDLMModel
+from modeling_edlm.backbone import rows_at_once
+
+from .common.checkpoint import fingerprint
+from .common.data import read_texts
+from .common.results import read_json, write_json, write_whole
+
+ROW_GROUP = 1000  # rows of a parquet file that are in memory together
+ENDS = ("eos_token_id", "pad_token_id")  # in the checkpoint's settings alone
+SCHEMA = pa.schema(
+    {"row": pa.int64(), "prompt": pa.string(), "text": pa.string(), "tokens": pa.list_(pa.int64())}
+    | {"nfe": pa.int64(), "energy_nfe": pa.int64(), "seed": pa.int64()}
+)
 
 
 # ---- what the rows start from
@@ -235,65 +238,23 @@ class Starts:
 
 
 class Parts:
-    """The finished rows, in the files of the processes that made them."""
+    """The finished rows: a file for each batch, which has its name when it is whole.
+
+    The name holds the rows and a hash of what they are made from. So processes that outlive a killed run do no harm:
+    they write what the next run would write, or what nobody reads.
+    """
 
     def __init__(self, out: str):
         self.folder = Path(f"{out}.parts")
-        self.lock = None
+        self.about = self.folder / "arguments.json"
 
-    def hold(self, alone: bool) -> None:
-        """Keep other runs out until `release`; ValueError if one is at work: workers may outlive a killed launcher."""
-        self.release()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.folder / "lock", "a")
-        try:
-            fcntl.flock(self.lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{self.folder} is in use: another run, or what a killed one left, is at work") from None
-        except OSError:  # a file system without locks: twice the same work, and no harm to the rows
-            pass
-
-    def release(self) -> None:
-        if self.lock is not None:
-            self.lock.close()
-
-    def path(self, start: str, process: int) -> Path:
-        return self.folder / f"part-{start}-{process:05}.jsonl"
-
-    def paths(self, start: str = "*") -> list[Path]:
-        return sorted(self.folder.glob(f"part-{start}-*.jsonl"))
-
-    def index(self) -> dict[int, tuple[Path, int]]:
-        """File and offset of every finished row. What stands behind a torn line counts as not there."""
-        found = {}
-        for path in self.paths():
-            with open(path, "rb") as file:
-                offset = 0
-                for line in file:
-                    if (row := _row_of(line)) is None:
-                        break
-                    found.setdefault(row, (path, offset))  # two starts at the same time make the same
-                    offset += len(line)
-        return found
-
-    def lines(self, index: dict[int, tuple[Path, int]]) -> Iterator[bytes]:
-        """In the order of the rows, which is nearly that of the files."""
-        for path, group in groupby(sorted(index.items()), key=lambda item: item[1][0]):
-            with open(path, "rb") as file:
-                for _, (_, offset) in group:
-                    file.seek(offset)
-                    yield file.readline()
-
-    def begin(self, made_from: dict, arguments: GenerateArguments) -> tuple[str, set[int]]:
-        """The number of this start, and the rows that are done; ValueError if they were made from anything else."""
-        self.hold(alone=True)
+    def begin(self, made_from: dict, arguments: GenerateArguments) -> str:
+        """The hash; ValueError if there are rows that were made from anything else."""
         if arguments.overwrite:
             self.remove()
-            self.hold(alone=True)
-        done, path = set(self.index()), self.folder / "arguments.json"
         made_from = json.loads(json.dumps(made_from))
-        if done:
-            theirs = json.loads(path.read_text(encoding="utf-8"))["made_from"]
+        if self.about.exists() and next(self.folder.glob("*.jsonl"), None):
+            theirs = read_json(self.about)["made_from"]
             for name in made_from | theirs:
                 if made_from.get(name) != theirs.get(name):
                     raise ValueError(
@@ -301,10 +262,26 @@ class Parts:
                         "give the same to go on with them, or --overwrite true to start anew"
                     )
         else:
-            write_json(path, {"made_from": made_from, "arguments": asdict(arguments)})
-        self.hold(alone=False)
-        starts = [int(path.name.split("-")[1]) for path in self.paths()]
-        return f"{max(starts, default=-1) + 1:05}", done
+            write_json(self.about, {"made_from": made_from, "arguments": asdict(arguments)})
+        return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
+
+    def add(self, key: str, rows: range, made: list[dict]) -> None:
+        # ASCII: U+2028 and the like, which some readers take for the end of a line, are escaped
+        lines = "".join(json.dumps(row) + "\n" for row in made)
+        write_whole(self.folder / f"{rows[0]:09}-{rows[-1]:09}.{key}.jsonl", lines)
+
+    def index(self, key: str) -> dict[int, tuple[Path, int]]:
+        """By number, in order, the file and the line of every finished row."""
+        found = {}
+        for path in self.folder.glob(f"*.{key}.jsonl"):
+            first, last = map(int, path.name.partition(".")[0].split("-"))
+            found |= {row: (path, row - first) for row in range(first, last + 1)}
+        return dict(sorted(found.items()))
+
+    def lines(self, key: str) -> Iterator[bytes]:
+        for path, group in groupby(self.index(key).values(), key=itemgetter(0)):
+            lines = path.read_bytes().splitlines(keepends=True)
+            yield from (lines[i] for _, i in group)
 
     def remove(self) -> None:
         """All or nothing: a kill must not leave some of the parts."""
@@ -315,50 +292,15 @@ class Parts:
             shutil.rmtree(aside)
 
 
-def _row_of(line: bytes) -> int | None:
-    """The number of the row on a line; None where the line is not whole."""
-    try:
-        return json.loads(line)["row"] if line.endswith(b"\n") else None
-    except ValueError:  # a power cut may leave anything at the end
-        return None
-
-
 def write_rows(lines: Iterator[bytes], path: Path, suffix: str) -> None:
-    """The rows as one file, which is on the disk when this returns: the parts are removed next."""
-    with open(path, "wb") as file:
-        if suffix == ".jsonl":
+    """The rows as one file."""
+    if suffix == ".jsonl":
+        with open(path, "wb") as file:
             file.writelines(lines)
-        else:
-            with pq.ParquetWriter(file, SCHEMA) as writer:
-                for _, group in groupby(enumerate(lines), key=lambda item: item[0] // ROW_GROUP):
-                    writer.write_table(pa.Table.from_pylist([json.loads(line) for _, line in group], SCHEMA))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-class Progress:
-    """A bar of all rows, those of the other processes and of earlier starts too. Only the main process shows it."""
-
-    def __init__(self, parts: Parts, start: str, total: int, done: int, is_main: bool):
-        self.parts, self.start, self.total, self.is_main = parts, start, total, is_main
-        self.bar = tqdm(total=total, initial=done, unit="row", disable=not is_main, smoothing=0)
-        self.read = Counter()  # bytes, by file of this start
-        self.done = done
-
-    def update(self) -> None:
-        for path in self.parts.paths(self.start) if self.is_main else []:
-            with open(path, "rb") as file:
-                file.seek(self.read[path])
-                new = file.read()
-            self.read[path] += len(new)
-            self.done += new.count(b"\n")
-        self.bar.update(self.done - self.bar.n)
-
-    def wait(self) -> None:
-        """Until the other processes are done as well."""
-        while self.is_main and self.done < self.total:
-            time.sleep(0.2)
-            self.update()
+        return
+    with pq.ParquetWriter(path, SCHEMA) as writer:
+        for _, group in groupby(enumerate(lines), key=lambda item: item[0] // ROW_GROUP):
+            writer.write_table(pa.Table.from_pylist([json.loads(line) for _, line in group], SCHEMA))
 
 
 # ---- the command
@@ -432,28 +374,30 @@ def run(arguments: GenerateArguments, state: PartialState, parts: Parts) -> None
     N = starts.num_rows
     fitting = rows_at_once(model.denoiser, max(starts.length(row) for row in range(0, N, starts.each)))
     size = arguments.batch_size or min(fitting, math.ceil(N / state.num_processes))
-    begun = [None]
-    if state.is_main_process:
-        start, done = parts.begin(origin(arguments, model, config, starts), arguments)
+    begun, is_main = [None], state.is_main_process
+    if is_main:
+        key = parts.begin(origin(arguments, model, config, starts), arguments)
+        done = set(parts.index(key))
         blocks = [range(first, min(first + size, N)) for first in range(0, N, size)]
-        begun = [(start, done, [block for block in blocks if not done.issuperset(block)])]
-    start, done, blocks = broadcast_object_list(begun)[0]  # all must have the same ones to share
-    parts.hold(alone=False)
-    progress, started = Progress(parts, start, N, len(done), state.is_main_process), time.perf_counter()
-    with progress.bar, state.split_between_processes(blocks) as mine:
-        with open(parts.path(start, state.process_index), "x", encoding="utf-8") as file:
-            for block in mine:  # whole, even where some of its rows are done: a batch of the same shape rounds the same
-                made = make_rows(block, model, tokenizer, starts, arguments)
-                # ASCII: U+2028 and the like, which some readers take for the end of a line, are escaped
-                file.write("".join(json.dumps(row) + "\n" for row in made if row["row"] not in done))
-                file.flush()
-                os.fsync(file.fileno())
-                progress.update()
-        progress.wait()
+        begun = [(key, done, [block for block in blocks if not done.issuperset(block)])]
+    key, done, blocks = broadcast_object_list(begun)[0]  # all must have the same ones to share
+    started = looked = time.perf_counter()
+    with (
+        tqdm(total=N, initial=len(done), unit="row", disable=not is_main, smoothing=0) as bar,
+        state.split_between_processes(blocks) as mine,
+    ):
+        for block in mine:  # whole, even where some of its rows are done: a batch of the same shape rounds the same
+            parts.add(key, block, make_rows(block, model, tokenizer, starts, arguments))
+            if is_main and (time.perf_counter() > looked + 1 or block is mine[-1]):  # the others' rows are in the bar
+                bar.update(len(parts.index(key)) - bar.n)
+                looked = time.perf_counter()
+        while is_main and bar.n < N and state.num_processes > 1:
+            time.sleep(0.5)
+            bar.update(len(parts.index(key)) - bar.n)
     state.wait_for_everyone()
     seconds = time.perf_counter() - started
-    if state.is_main_process:
-        finish(Path(arguments.out), parts, N)
+    if is_main:
+        finish(Path(arguments.out), parts, key, N)
         missing = [row for row in range(N) if row not in done]
         tokens = sum(starts.num_new(row) for row in missing)
         speed = f"{len(missing) / seconds:.4g} samples/s, {tokens / seconds:.4g} tokens/s"
@@ -462,22 +406,22 @@ def run(arguments: GenerateArguments, state: PartialState, parts: Parts) -> None
         print(f"this run: {len(missing)} rows, {tokens} new tokens in {seconds:.1f} s, {speed} ({where})")
 
 
-def finish(out: Path, parts: Parts, num_rows: int) -> None:
+def finish(out: Path, parts: Parts, key: str, num_rows: int) -> None:
     """One file of all rows in place of the parts; ValueError if rows are missing."""
-    index = parts.index()
+    index = parts.index(key)
     if missing := [row for row in range(num_rows) if row not in index]:
         raise ValueError(f"{parts.folder} lacks {len(missing)} rows, the first is {missing[0]}: were files removed?")
-    begun = json.loads((parts.folder / "arguments.json").read_text(encoding="utf-8"))
+    begun = read_json(parts.about)
     settings = {name: begun["arguments"][name] for name in ("model", "energy")} | begun["made_from"]
     write_whole(out.with_suffix(".settings.yaml"), yaml.safe_dump(settings, sort_keys=False))
-    write_whole(out, lambda path: write_rows(parts.lines(index), path, out.suffix))
+    write_whole(out, lambda path: write_rows(parts.lines(key), path, out.suffix))
     parts.remove()
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(GenerateArguments, __doc__, argv)
     parts = Parts(arguments.out)
-    if Path(arguments.out).exists() and not parts.folder.exists() and not arguments.overwrite:
+    if Path(arguments.out).exists() and not parts.about.exists() and not arguments.overwrite:
         raise ValueError(f"out is there already, {arguments.out}: name another file, or --overwrite true to replace it")
     if arguments.num_threads:
         torch.set_num_threads(arguments.num_threads)
@@ -487,10 +431,8 @@ def main(argv: list[str] | None = None) -> None:
         run(arguments, state, parts)
     except KeyboardInterrupt:
         if state.is_main_process:
-            print(f"\nstopped: {len(parts.index())} rows are kept in {parts.folder}; the same command goes on")
+            print(f"\nstopped: {len(parts.index('*'))} rows are kept in {parts.folder}; the same command goes on")
         raise SystemExit(130) from None
-    finally:
-        parts.release()
     state.destroy_process_group()
 
 

@@ -12,16 +12,9 @@ import lzma
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
-from .common.arguments import CommaLists, command, parse_arguments
-from .common.data import PackedIds, encoder, evenly_spaced, vocabulary_hash
-from .common.results import write_json, write_whole
-from .tokenizer import public
-
-MEGABYTE = 1_000_000
+from .common.arguments import CommaLists, answer_early, command, parse_arguments
 
 
 @dataclass(kw_only=True)
@@ -43,6 +36,19 @@ class PackArguments(CommaLists):
         for name in ("max_megabytes", "max_file_megabytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+if __name__ == "__main__":
+    answer_early(PackArguments, __doc__)
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from .common.data import PackedIds, encoder, evenly_spaced, vocabulary_hash
+from .common.results import write_json, write_whole
+from .tokenizer import public
+
+MEGABYTE = 1_000_000
 
 
 def compressed(documents: list[np.ndarray], dtype: np.dtype) -> bytes:

@@ -12,25 +12,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
-
-from modeling_edlm import EDLMConfig, EDLMForCausalLM, EDLMForMaskedLM
-from modeling_edlm.backbone import log_probs
-from modeling_edlm.schedule import antithetic_times, q_sample
-
-from .common.arguments import DataArguments, LoopArguments, parse_arguments
-from .common.checkpoint import fingerprint
-from .common.data import (
-    DocumentBlocks,
-    PackedTokens,
-    StreamedBlocks,
-    every_document,
-    read_texts,
-    step_batch_indices,
-    tokenize,
-)
-from .common.loop import LEAST_TIME, compile_blocks, global_rows, make_accelerator, row_draws, step_seed, train
+from .common.arguments import DataArguments, LoopArguments, answer_early, parse_arguments
 
 
 @dataclass(kw_only=True)
@@ -55,6 +37,29 @@ class PretrainArguments(LoopArguments, DataArguments):
             raise ValueError(f"patience is for energies, got {self.patience}")
         if self.objective not in ("mdlm", "ar"):
             raise ValueError(f"objective must be mdlm or ar, got {self.objective!r}")
+
+
+if __name__ == "__main__":
+    answer_early(PretrainArguments, __doc__)
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+
+from modeling_edlm import EDLMConfig, EDLMForCausalLM, EDLMForMaskedLM
+from modeling_edlm.backbone import log_probs
+from modeling_edlm.schedule import antithetic_times, q_sample
+
+from .common.checkpoint import fingerprint
+from .common.data import (
+    DocumentBlocks,
+    PackedTokens,
+    StreamedBlocks,
+    every_document,
+    read_texts,
+    step_batch_indices,
+    tokenize,
+)
+from .common.loop import LEAST_TIME, compile_blocks, global_rows, make_accelerator, row_draws, step_seed, train
 
 
 def mdlm_loss(model, x0_BL: torch.Tensor, t_B: torch.Tensor, u_BL: torch.Tensor, mask_token_id: int) -> torch.Tensor:

@@ -15,24 +15,9 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-import matplotlib
-import torch
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
-from modeling_edlm import EDLMForCausalLM, EDLMModel
-
-from .common.arguments import CommaLists, command, parse_arguments
-from .common.checkpoint import run_facts
-from .common.data import PackedTokens, tokenize
-from .common.metrics import bits_per_character, summary, token_entropy
-from .common.results import read_results, write_json
-from .pretrain import PretrainArguments
-from .train_energy import EnergyArguments
-
-matplotlib.use("Agg")
-PRETRAIN = ("pretrain", PretrainArguments)
-SCRIPTS = {"ar": PRETRAIN, "denoiser": PRETRAIN, "energy": ("train_energy", EnergyArguments)}
+from .common.arguments import CommaLists, answer_early, command, parse_arguments
 
 
 @dataclass(kw_only=True)
@@ -57,6 +42,27 @@ class ReportArguments(CommaLists):
             raise ValueError(
                 f"window_lows needs one value for each of num_steps={self.num_steps}, got {self.window_lows}"
             )
+
+
+if __name__ == "__main__":
+    answer_early(ReportArguments, __doc__)
+
+import matplotlib
+import torch
+from transformers import AutoTokenizer
+
+from modeling_edlm import EDLMForCausalLM, EDLMModel
+
+from .common.checkpoint import run_facts
+from .common.data import PackedTokens, tokenize
+from .common.metrics import bits_per_character, summary, token_entropy
+from .common.results import read_results, write_json
+from .pretrain import PretrainArguments
+from .train_energy import EnergyArguments
+
+matplotlib.use("Agg")
+PRETRAIN = ("pretrain", PretrainArguments)
+SCRIPTS = {"ar": PRETRAIN, "denoiser": PRETRAIN, "energy": ("train_energy", EnergyArguments)}
 
 
 def training_facts(arguments: ReportArguments) -> dict[str, dict]:

@@ -5,32 +5,17 @@
 Any text can be encoded and comes back as it was. `compression.json` beside the tokenizer has what is printed.
 """
 
-import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerFast
 
-from .common.arguments import PUBLIC_DATA, CommaLists, command, parse_arguments
-from .common.data import evenly_spaced, plain_backend, read_texts, text_batches
-from .common.results import machine, write_json
+from .common.arguments import PUBLIC_DATA, CommaLists, answer_early, command, parse_arguments
 
-# Words, numbers, punctuation and white space are cut apart before bytes are merged: the pattern of Llama 3, but with
-# two digits where that has three. A year is then its century and its year, a number has no token of its own in a small
-# vocabulary, and nothing is lost by it: on Wikipedia and books texts come out no longer than by the pattern of GPT-2.
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 SPECIAL = {"pad_token": "[PAD]", "bos_token": "[BOS]", "eos_token": "[EOS]"}  # ids 0, 1, 2
-MASK = "[MASK]"  # the last id
 LEAST_SIZE = 256 + len(SPECIAL) + 1
 
 
@@ -57,6 +42,26 @@ class TokenizerArguments(CommaLists):
         files = [source for source in self.listed("data") if Path(source).is_file()]
         if files and not self.validation_data:
             raise ValueError(f"validation_data must be given when data has a file, {files[0]}")
+
+
+if __name__ == "__main__":
+    answer_early(TokenizerArguments, __doc__)
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from .common.data import evenly_spaced, plain_backend, read_texts, text_batches
+from .common.results import added_files, machine, write_json
+
+# Words, numbers, punctuation and white space are cut apart before bytes are merged: the pattern of Llama 3, but with
+# two digits where that has three. A year is then its century and its year, a number has no token of its own in a small
+# vocabulary, and nothing is lost by it: on Wikipedia and books texts come out no longer than by the pattern of GPT-2.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+MASK = "[MASK]"  # the last id
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> PreTrainedTokenizerFast:
@@ -95,11 +100,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, min_frequency: int = 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Each file whole or not there; what else the folder has stays."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder, suffix=".tmp") as temporary:
+    with added_files(folder) as temporary:
         tokenizer.save_pretrained(temporary)
-        for file in sorted(Path(temporary).iterdir()):
-            os.replace(file, folder / file.name)
 
 
 def compression(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> dict[str, float]:

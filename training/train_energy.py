@@ -14,55 +14,15 @@ Shapes: B rows of one micro-batch of one process, L length.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from transformers import AutoTokenizer
-
-from modeling_edlm import EDLMEnergyModel, EDLMForMaskedLM
-from modeling_edlm.adapter import (
-    ENERGY_FIELDS,
-    add_lora,
-    checksum,
-    energy_fields,
-    fill_adapter,
-    find_adapter,
-    save_adapter,
+from .common.arguments import (
+    NOT_RECORDED,
+    CommaLists,
+    DataArguments,
+    LoopArguments,
+    answer_early,
+    command,
+    parse_arguments,
 )
-
-from .common.arguments import NOT_RECORDED, CommaLists, DataArguments, LoopArguments, command, parse_arguments
-from .common.contrast import LOSSES, accuracy, draw_contrast, energies
-from .common.energy_quality import held_out, plot, sampler_gains
-from .common.loop import compile_blocks, global_rows, make_accelerator, step_seed, train
-from .common.results import read_lines, write_json, write_whole
-from .pretrain import Blocks, take_weights
-
-CARD = """---
-library_name: peft
-base_model: {base}
-pipeline_tag: text-generation
-tags:
-- edlm
-- lora
-- masked-diffusion
-- energy-based-model
----
-# An energy for {base}
-
-A LoRA adapter over the blocks of a masked diffusion model: it chooses among the model's own proposals (EDLM,
-[arXiv 2410.21357](https://arxiv.org/abs/2410.21357)). The model itself stays as it is.
-
-```python
-import modeling_edlm  # or trust_remote_code=True with AutoModel, where the code stands beside the base's weights
-model = modeling_edlm.EDLMModel.from_pretrained("{base}").load_energy("this folder or repo")
-ids = model.generate(batch_size=4, num_steps=8, num_candidates=8, energy_window=(1.0, 0.0), seed=0)
-```
-
-Energy of {target}; {trainable} trained parameters; {steps} steps.
-Loss: {loss}. Trained by
-
-```
-{command}
-```
-"""
 
 
 @dataclass(kw_only=True)
@@ -97,12 +57,14 @@ class EnergyArguments(LoopArguments, DataArguments, CommaLists):
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.num_negatives < 1:
             raise ValueError(f"num_negatives must be at least 1, got {self.num_negatives}")
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss must be one of {tuple(LOSSES)}, got {self.loss!r}")
         if self.head_only and self.lora_r:
             raise ValueError(f"head_only trains no adapter: leave lora_r at 0, got {self.lora_r}")
         if self.eval_sequences and not self.listed("eval_num_steps", int):
             raise ValueError(f"eval_num_steps must be numbers with commas between, got {self.eval_num_steps!r}")
+        from .common.contrast import LOSSES  # with torch, so checked last
+
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {tuple(LOSSES)}, got {self.loss!r}")
 
     @property
     def is_adapter(self) -> bool:
@@ -110,6 +72,59 @@ class EnergyArguments(LoopArguments, DataArguments, CommaLists):
 
     def command(self) -> str:
         return command("train_energy", self, NOT_RECORDED | {"output_dir"})
+
+
+if __name__ == "__main__":
+    answer_early(EnergyArguments, __doc__)
+
+import torch
+from transformers import AutoTokenizer
+
+from modeling_edlm import EDLMEnergyModel, EDLMForMaskedLM
+from modeling_edlm.adapter import (
+    ENERGY_FIELDS,
+    add_lora,
+    checksum,
+    energy_fields,
+    fill_adapter,
+    find_adapter,
+    save_adapter,
+)
+
+from .common.contrast import LOSSES, accuracy, draw_contrast, energies
+from .common.energy_quality import held_out, plot, sampler_gains
+from .common.loop import compile_blocks, global_rows, make_accelerator, step_seed, train
+from .common.results import read_lines, write_json, write_whole
+from .pretrain import Blocks, take_weights
+
+CARD = """---
+library_name: peft
+base_model: {base}
+pipeline_tag: text-generation
+tags:
+- edlm
+- lora
+- masked-diffusion
+- energy-based-model
+---
+# An energy for {base}
+
+A LoRA adapter over the blocks of a masked diffusion model: it chooses among the model's own proposals (EDLM,
+[arXiv 2410.21357](https://arxiv.org/abs/2410.21357)). The model itself stays as it is.
+
+```python
+import modeling_edlm  # or trust_remote_code=True with AutoModel, where the code stands beside the base's weights
+model = modeling_edlm.EDLMModel.from_pretrained("{base}").load_energy("this folder or repo")
+ids = model.generate(batch_size=4, num_steps=8, num_candidates=8, energy_window=(1.0, 0.0), seed=0)
+```
+
+Energy of {target}; {trainable} trained parameters; {steps} steps.
+Loss: {loss}. Trained by
+
+```
+{command}
+```
+"""
 
 
 def new_energy(arguments: EnergyArguments, denoiser: EDLMForMaskedLM):

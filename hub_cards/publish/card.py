@@ -3,7 +3,6 @@
 A template prints the facts of its card: numbers of results files, and a few that are made of them. It only rounds.
 """
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -93,14 +92,6 @@ def macros():
     """The macros of parts.md, for the templates of cards: those are rendered where there is nothing to include from."""
     loader = jinja2.FileSystemLoader(TEMPLATES)
     return jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined).get_template("parts.md").module
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 # ---- the check

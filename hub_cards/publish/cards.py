@@ -6,13 +6,14 @@ python -m hub_cards.publish.cards runs/lora/model    # writes that of what train
 """
 
 import argparse
-import os
 import re
 import sys
 from pathlib import Path
 
 import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+from training.common.results import write_whole
 
 from .card import ADAPTER, CARD, HUB_CARDS, MODEL, Card, check, lacks, parse
 from .other_cards import HERE, data_set, public, report_of, row_files, settings_files, trained
@@ -127,9 +128,7 @@ def problems() -> list[str]:
 
 
 def write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, text)
     print(f"wrote {path}")
 
 

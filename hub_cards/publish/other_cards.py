@@ -15,7 +15,9 @@ import yaml
 from huggingface_hub import DatasetCardData, ModelCardData
 from safetensors import safe_open
 
-from .card import ADAPTER, ENERGY, MODEL, TAGS, Card, read_json
+from training.common.results import read_json
+
+from .card import ADAPTER, ENERGY, MODEL, TAGS, Card
 from .shipped_cards import Names, evaluations, num_parameters, report_facts
 
 ARCHITECTURES = {

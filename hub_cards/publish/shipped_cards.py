@@ -11,9 +11,10 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 from safetensors import safe_open
 
+from training.common.results import read_json, read_lines
 from training.common.settings import chosen, kind_of
 
-from .card import ADAPTER, HUB_CARDS, MODEL, TAGS, Card, read_json, read_lines
+from .card import ADAPTER, HUB_CARDS, MODEL, TAGS, Card
 
 RESULTS = HUB_CARDS / "results"
 BASE, STORIES = WHOLE = "edlm-wiki27", "edlm-stories"  # with a denoiser of their own; the others are energies of BASE

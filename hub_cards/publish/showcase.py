@@ -12,34 +12,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
-from matplotlib.figure import Figure
-from safetensors.torch import load_file
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
-from modeling_edlm import EDLMModel
-from training.common.judge import Judge, before_end
-from training.common.metrics import ratio, summary, token_entropy
-from training.pretrain import PretrainArguments
-from training.common.arguments import CommaLists, command
-from training.common.results import machine, read_lines, read_results, write_json, write_whole
-from training.train_energy import EnergyArguments
-from training.common.arguments import parse_arguments
-from training.common.checkpoint import run_facts
-
-from ..demo import GAP, steps_of_mdlm, with_blanks
-
-PROMPTS = (
-    "Once upon a time, there was a little dog named Max. Max",
-    "One day, a boy named Tim went to the park with his mom.",
-    "The big bear was sad because",
-)
-ENERGIES = ("step",)
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-DEFAULTS = ("num_steps", "num_candidates", "energy_window", "corrector_steps", "corrector_size", "temperature")
-DEFAULTS += ("corrector_temperature",)
+from training.common.arguments import CommaLists, answer_early, command, parse_arguments
 
 
 @dataclass(kw_only=True)
@@ -60,6 +35,36 @@ class ShowcaseArguments(CommaLists):
         for item in self.listed("runs"):
             if not Path(item.partition("=")[2], "metrics.jsonl").is_file():
                 raise ValueError(f"runs must be part=FOLDER with a metrics.jsonl in each folder, got {item!r}")
+
+
+if __name__ == "__main__":
+    answer_early(ShowcaseArguments, __doc__)
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from modeling_edlm import EDLMModel
+from training.common.checkpoint import run_facts
+from training.common.judge import Judge, before_end
+from training.common.metrics import ratio, summary, token_entropy
+from training.common.results import machine, read_lines, read_results, write_json, write_whole
+from training.pretrain import PretrainArguments
+from training.train_energy import EnergyArguments
+
+from ..demo import GAP, steps_of_mdlm, with_blanks
+
+PROMPTS = (
+    "Once upon a time, there was a little dog named Max. Max",
+    "One day, a boy named Tim went to the park with his mom.",
+    "The big bear was sad because",
+)
+ENERGIES = ("step",)
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+DEFAULTS = ("num_steps", "num_candidates", "energy_window", "corrector_steps", "corrector_size", "temperature")
+DEFAULTS += ("corrector_temperature",)
 
 
 class Writer:

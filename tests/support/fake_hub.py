@@ -25,9 +25,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from support.fake_hub_answers import INITIAL, ROUTES, STORAGE, Answer, Refusal, Repo, refused
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
+
+from support.fake_hub_answers import INITIAL, ROUTES, STORAGE, Answer, Refusal, Repo, refused
 
 __all__ = ["INITIAL", "FakeHub"]
 TOKEN, HOSTS = "hf_fake", ("127.0.0.1", "localhost")

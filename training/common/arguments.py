@@ -5,6 +5,7 @@ Nothing here imports torch: --help and a wrong option are answered before it is,
 
 import argparse
 import shlex
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
+KINDS = ("ar", "coar", "nce")  # of energies
+COMPLETIONS = ("independent", "shared")  # of the candidates of a step
 PUBLIC_DATA = Path("data")  # where a recorded command looks for a data set, wherever it was when it ran
 
 
@@ -94,6 +97,35 @@ def parse_arguments(argument_class, description: str, argv: list[str] | None = N
             raise ValueError(f"config {known.config}: expected a mapping of option names to values")
         argv = [part for k, v in options.items() for part in (f"--{k}", str(v))] + argv
     return parser.parse_args_into_dataclasses(argv)[0]
+
+
+def answer_early(argument_class, description: str) -> None:
+    """End a command that asks for --help or has a wrong option, before it imports torch, which takes seconds."""
+    try:
+        parse_arguments(argument_class, description)
+    except (OSError, ValueError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def generation_config(**settings):
+    """The EDLMGenerationConfig of these settings; ValueError names a wrong one. It imports torch: checked last."""
+    from modeling_edlm import EDLMGenerationConfig
+
+    return EDLMGenerationConfig(**settings)
+
+
+def found_device(name: str) -> str:
+    """cpu or cuda for a name that may be auto; ValueError where there is no such device."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
+    if name == "cpu":
+        return name
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be one that torch finds here, got 'cuda'")
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(kw_only=True)

@@ -6,9 +6,9 @@ from transformers.utils import cached_file
 
 from modeling_edlm import EDLMForMaskedLM, EDLMModel
 
-KINDS = ("ar", "coar", "nce")
+from .arguments import KINDS
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model")
-COMPLETIONS = ("independent", "shared")  # of the candidates of a step
 
 
 def load_variants(model_folder: str, items: list[str]) -> dict[str, EDLMModel]:

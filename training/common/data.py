@@ -12,9 +12,7 @@ import io
 import json
 import lzma
 import math
-import os
 import re
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,6 +29,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
+
+from .results import write_whole
 
 BATCH_CHARS = 4_000_000  # handed to the tokenizer at once: enough for all its threads, little in memory
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -163,13 +163,7 @@ def tokenize(
     label = re.sub(r"[^\w.-]", "-", label)
     path = Path(out_dir) / f"{label}.{_sha256(made_from)[:16]}.npy"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-        try:
-            _write_npy(temporary, encode(), dtype)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, lambda temporary: _write_npy(temporary, encode(), dtype))
     return np.load(path, mmap_mode="r")
 
 

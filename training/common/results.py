@@ -11,10 +11,11 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 
 def write_whole(path: Path, content: str | Callable[[Path], None]) -> None:
-    """A text, or what a function writes, under a temporary name that is renamed when the file is whole."""
+    """A text, or what a function writes, under a temporary name that is renamed when all of it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -22,6 +23,8 @@ def write_whole(path: Path, content: str | Callable[[Path], None]) -> None:
             content(temporary)
         else:
             temporary.write_text(content, encoding="utf-8")
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -29,6 +32,18 @@ def write_whole(path: Path, content: str | Callable[[Path], None]) -> None:
 
 def write_json(path: Path, results: dict) -> None:
     write_whole(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def added_files(folder: Path):
+    """Write files into a folder of a temporary name; each then takes its place in `folder`, whose other files stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, suffix=".tmp") as temporary:
+        yield Path(temporary)
+        for file in [file for file in sorted(Path(temporary).rglob("*")) if file.is_file()]:
+            target = folder / file.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
 
 
 @contextlib.contextmanager
@@ -47,16 +62,47 @@ def replaced_folder(folder: Path):
     shutil.rmtree(old, ignore_errors=True)
 
 
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def read_results(from_json: str) -> dict:
     try:
-        return json.loads(Path(from_json).read_text(encoding="utf-8"))
+        return read_json(Path(from_json))
     except (OSError, ValueError) as error:
         raise ValueError(f"from_json must be a file of results, got {from_json!r}: {error}") from None
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The rows of a .jsonl file; none where there is no file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """The rows of a .jsonl file; none where there is no file. A line that a kill cut off is none."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+class Store:
+    """Rows by key, in a file that grows by a line each: what is there is not made again."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows = {_key(line["key"]): line["row"] for line in read_lines(path)}
+        lines = [{"key": json.loads(key), "row": row} for key, row in self.rows.items()]
+        if lines:  # without a line that was cut off
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def row(self, key, make: Callable[[], dict | list]):
+        """The row of a key (anything that JSON can hold), from the file or else from `make`."""
+        if _key(key) not in self.rows:
+            self.rows[_key(key)] = make()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, "row": self.rows[_key(key)]}) + "\n")
+        return self.rows[_key(key)]
+
+
+def _key(key) -> str:
+    return json.dumps(key, sort_keys=True)
 
 
 def machine() -> dict:
