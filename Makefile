@@ -93,6 +93,6 @@ model: .venv/.stamp-demo
 # Everything make made, .venv included; never runs/.
 clean:
 	rm -rf .venv .venv-oldest .venv-newest build dist site *.egg-info .pytest_cache .ruff_cache
-	rm -f hub_cards/edlm-*/*.py hub_cards/metrics/*/metrics.py
+	rm -f hub_cards/edlm-*/*.py hub_cards/metrics/*/metrics.py hub_cards/metrics/*/app.py
 	rm -rf hub_cards/edlm-*/custom_generate
 	find . -name .git -prune -o -name runs -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,7 +3,8 @@
 A model folder is one with a config.json. Its *.py files at the top level are copies of modeling_edlm/*.py and nothing
 else: those that differ are written, those that modeling_edlm no longer has are removed. So are those of its
 custom_generate/, which has generate.py and, because the library looks for them there, all the files that it imports. A
-folder of metrics/ gets a copy of training/common/metrics.py beside the files of its own. Standard library only.
+folder of metrics/ gets training/common/metrics.py and the page of every metric beside its own module. Standard library
+only.
 """
 
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 HUB_CARDS = Path(__file__).resolve().parents[1]
 SOURCE = HUB_CARDS.parent / "modeling_edlm"
+APP = Path(__file__).resolve().parent / "templates" / "metric_app.py"
 METRICS = HUB_CARDS.parent / "training" / "common" / "metrics.py"
 GENERATE = "custom_generate.py"  # custom_generate/generate.py of a model folder
 NOT_UPLOADED = {"__init__.py", "convert_checkpoint.py", GENERATE}  # at the top level
@@ -35,7 +37,7 @@ def generate_code() -> dict[str, bytes]:
 
 def metric_code() -> dict[str, bytes]:
     """What the folder of a metric gets beside its own module."""
-    return {METRICS.name: METRICS.read_bytes()}
+    return {METRICS.name: METRICS.read_bytes(), "app.py": APP.read_bytes()}
 
 
 def assemble(folder: Path, code: dict[str, bytes]) -> list[str]:
