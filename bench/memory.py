@@ -49,7 +49,7 @@ from modeling_edlm import EDLMConfig, EDLMEnergyModel, EDLMForMaskedLM, EDLMMode
 from modeling_edlm.adapter import add_lora
 from training.common.checkpoint import Averages
 from training.common.contrast import LOSSES, draw_contrast, energies
-from training.common.results import machine, read_results, write_json
+from training.common.results import machine, markdown, read_results, write_json
 
 KINDS = ("shared", "separate")
 TASKS = ("sample", "train")
@@ -99,16 +99,13 @@ def measure(arguments: MemoryArguments, size: str, kind: str, task: str) -> dict
 
 
 def table(results: dict) -> str:
-    lines = [
-        "| size | task | shared, MB | separate, MB | parameters, shared | separate |",
-        "| --- " * 2 + "| ---: " * 4 + "|",
-    ]
+    head, lines = ["size", "task", "shared, MB", "separate, MB", "parameters, shared", "separate"], []
     rows = {(row["size"], row["task"], row["kind"]): row for row in results["rows"]}
     for size, task in dict.fromkeys((row["size"], row["task"]) for row in results["rows"]):
         pair = [rows[size, task, kind] for kind in KINDS]
         cells = [f"{row['bytes'] / 1e6:,.0f}" for row in pair] + [f"{row['parameters'] / 1e6:.1f}M" for row in pair]
-        lines.append(f"| {size} | {task} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([size, task, *cells])
+    return markdown(head, lines, left=2)
 
 
 def main(argv: list[str] | None = None) -> None:

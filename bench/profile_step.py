@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from training.common.results import read_results, write_json, write_whole
+from training.common.results import markdown, read_results, write_json, write_whole
 
 from .measure import COMPILE_SECONDS, Bench, Budget, LeftOut, Ours, Published, make_sampler, reason
 from .record import reference_code, start_results
@@ -206,12 +206,12 @@ def label(row: dict) -> str:
 
 def table(results: dict) -> str:
     head = ["step", "ms", "busy ms", "idle", "launches", "waits", "once ms", *STAGES]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    lines = []
     for row in results["rows"]:
         cells = [label(row), _ms(row["ms"]), _ms(row["busy_ms"]), f"{row['idle_share']:.0%}"]
         cells += [f"{row['launches']:.0f}", f"{row['waits']:.1f}", _ms(row["once_ms"])]
         lines.append(cells + [_ms(row["stage_ms"][stage]) for stage in STAGES])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown(head, lines)
 
 
 def _ms(milliseconds: float) -> str:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from training.common.results import markdown
+
 from . import predictions
 from .arguments import Setting
 from .stages import STAGES
@@ -70,11 +72,6 @@ def caption(results: dict) -> str:
     )
 
 
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
 def _setting_cells(row: dict) -> list[str]:
     hi, lo = row["energy_window"]
     choice = ["", ""] if row["energy"] == "none" else [str(row["num_candidates"]), f"[{lo:g}, {hi:g}]"]
@@ -94,7 +91,7 @@ def grid_table(results: dict) -> str:
         cells += [f"{row['nfe']:.1f}", f"{row['energy_nfe']:.1f}", _gib(row), f"{row['roofline_share']:.0%}"]
         cells += [f"{row['stage_seconds'][stage] / row['clocked_seconds']:.0%}" for stage in STAGES]
         rows.append(_setting_cells(row) + cells)
-    return _markdown([*head, "roofline", *STAGES], rows)
+    return markdown([*head, "roofline", *STAGES], rows, left=2)
 
 
 def published_table(results: dict) -> str:
@@ -108,7 +105,7 @@ def published_table(results: dict) -> str:
         memory = " / ".join("" if r is None else _gib(r) for r in (same, row))
         stages = [" / ".join("" if r is None else f"{_step(r, stage):.3g}" for r in (same, row)) for stage in STAGES]
         rows.append(_setting_cells(row) + speeds + ratios + [memory] + stages)
-    return _markdown(head, rows)
+    return markdown(head, rows, left=2)
 
 
 def has_best(results: dict) -> bool:
@@ -122,7 +119,7 @@ def predicted_table(results: dict) -> str:
     for what, row, predicted, measured in predictions.compared(results):
         numbers = [f"{predicted:.3g}", f"{measured:.3g}", f"{measured / predicted:.2f}"]
         rows.append([what, *_setting_cells(row)[1:], *numbers])
-    return _markdown(head, rows)
+    return markdown(head, rows, left=2)
 
 
 def _step(row: dict, stage: str) -> float:

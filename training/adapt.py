@@ -91,7 +91,7 @@ from modeling_edlm import EDLMModel
 from .common.components import load_variants
 from .common.data import PackedTokens, tokenize
 from .common.metrics import ngram_divergence
-from .common.results import machine, read_results, write_json, write_whole
+from .common.results import machine, markdown, read_results, write_json, write_whole
 from .common.stages import run_script
 from .evaluate_likelihood import NUM_BUCKETS, name_of, number
 
@@ -180,7 +180,7 @@ def table(results: dict) -> str:
     """Markdown: the bound before and after with the gain and ESS, and the n-gram divergences of samples."""
     data = results["bounds"]
     steps = sorted({row["num_steps"] for row in data["rows"] if row["num_steps"]})
-    lines = [["test text, bits per character, at most", *(f"T={T}" for T in steps)], ["---"] + ["---:"] * len(steps)]
+    head, lines = ["test text, bits per character, at most", *(f"T={T}" for T in steps)], []
     by_name = {}
     for row in data["rows"]:
         if row["estimator"] == "sampler":
@@ -195,26 +195,18 @@ def table(results: dict) -> str:
                 [f"gain, {name.removeprefix('EDLM ')}", *(number(rows[T]["gain"], scale, "+.4f") for T in steps)]
             )
             lines.append([f"ESS, {name.removeprefix('EDLM ')}", *(f"{rows[T]['ess']:.2f}" for T in steps)])
-    blocks = ["\n".join(f"| {' | '.join(line)} |" for line in lines)]
-    head = [
-        "samples: divergence of n-grams to test text, bits",
-        "T",
-        "ESS",
-        "s/sample",
-        *(f"n={n}" for n in NGRAMS),
-    ]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    bounds = markdown(head, lines)
+    head = ["samples: divergence of n-grams to test text, bits", "T", "ESS", "s/sample", *(f"n={n}" for n in NGRAMS)]
 
     def cells(divergences):
         return [f"{d['divergence']:.4f} [{d['interval'][0]:.4f}, {d['interval'][1]:.4f}]" for d in divergences]
 
-    lines.append(["other text of the same kind", "", "", "", *cells(results["floor"])])
+    lines = [["other text of the same kind", "", "", "", *cells(results["floor"])]]
     for row in results["samples"]:
         name = "before: MDLM" if row["energy"] == "before" else f"{row['energy']}, k={row['num_candidates']}"
         ess = "" if row["ess"] is None else f"{row['ess']:.2f}"
         lines.append([name, str(row["num_steps"]), ess, f"{row['seconds_per_sample']:.2f}", *cells(row["divergences"])])
-    blocks.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
-    return "\n\n".join(blocks)
+    return f"{bounds}\n\n{markdown(head, lines)}"
 
 
 def plot(results: dict, path: Path) -> None:

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import re
-import shlex
 import time
 import zipfile
 from collections.abc import Callable
@@ -32,7 +31,15 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .common.arguments import COMPLETIONS, PUBLIC_DATA, CommaLists, answer_early, generation_config, parse_arguments
+from .common.arguments import (
+    COMPLETIONS,
+    CommaLists,
+    answer_early,
+    command,
+    generation_config,
+    parse_arguments,
+    public_data,
+)
 
 NOT_RECORDED = {"out", "cache_dir", "num_threads", "from_json"}
 LEAST = dict.fromkeys(
@@ -116,14 +123,7 @@ class LikelihoodArguments(CommaLists):
 
     def recorded(self) -> dict:
         """The arguments, with the data where a card says that it is."""
-        public = [str(PUBLIC_DATA / Path(s).name) if Path(s).exists() else s for s in self.listed("data")]
-        return {k: v for k, v in asdict(self).items() if k not in NOT_RECORDED} | {"data": ",".join(public)}
-
-    def command(self) -> str:
-        fields = type(self).__dataclass_fields__
-        changed = {k: v for k, v in self.recorded().items() if v != fields[k].default} | {"out": Path(self.out).name}
-        parts = [str(part) for name, value in changed.items() for part in (f"--{name}", value)]
-        return shlex.join(["python", "-m", "training.evaluate_likelihood", *parts])
+        return {k: v for k, v in asdict(self).items() if k not in NOT_RECORDED} | {"data": public_data(self.data)}
 
 
 # ---- what is measured
@@ -144,15 +144,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import modeling_edlm
 from modeling_edlm import EDLMForMaskedLM, EDLMGenerationConfig, EDLMModel
-from modeling_edlm.backbone import position_chunks
+from modeling_edlm.energies import causal_log_prob
 from modeling_edlm.likelihood import likelihood_terms
 from modeling_edlm.schedule import times
 
 from .common.checkpoint import fingerprint
 from .common.components import body_parameters, load_variants, pass_cost, with_energy
 from .common.data import PackedTokens, tokenize
-from .common.results import machine, read_results, write_json, write_whole
-from .pretrain import ar_loss
+from .common.results import machine, markdown, read_results, write_json, write_whole
 
 NUM_BUCKETS = 5  # of t
 SHARED = ", shared"  # behind the name of an energy whose candidates share a completion
@@ -379,12 +378,9 @@ class Parts:
 @torch.no_grad()
 def exact_nll(model: EDLMModel, x0_BL: torch.Tensor, batch_size: int) -> torch.Tensor:
     """(B,) float64 nats on the CPU, -log p_AR(x0) of the autoregressive energy of `model`."""
-    ar, mask, nll = model.energy_model, model.config.mask_token_id, []
-    for batch_BL in x0_BL.split(batch_size):
-        rows = torch.arange(len(batch_BL), device=x0_BL.device)
-        for rows_N in position_chunks(rows, batch_BL.shape[1] * model.config.vocab_size):  # logits that fit
-            nll.append(ar_loss(ar, batch_BL[rows_N], ar.config.bos_token_id, mask).double().sum(-1).cpu())
-    nll_B = torch.cat(nll)
+    ar, mask = model.energy_model, model.config.mask_token_id
+    parts = [causal_log_prob(ar, x_BL, None, ar.config.bos_token_id, mask).cpu() for x_BL in x0_BL.split(batch_size)]
+    nll_B = -torch.cat(parts).double()
     if nll_B.isnan().any():
         raise FloatingPointError(f"the logits of ar give NaN, first in row {int(nll_B.isnan().nonzero()[0])}")
     return nll_B
@@ -542,11 +538,10 @@ def grid(rows: list[dict], cell: Callable[[dict], str]) -> tuple[list[int], dict
     return steps, cells
 
 
-def markdown(rows: list[dict], cell: Callable[[dict], str], head: str) -> str:
+def by_steps(rows: list[dict], cell: Callable[[dict], str], head: str) -> str:
     steps, cells = grid(rows, cell)
-    lines = [[head, *(f"T={T}" for T in steps)], ["---"] + ["---:"] * len(steps)]
-    lines += [[name, *(by_steps.get(T, "") for T in steps)] for name, by_steps in cells.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [[name, *(own.get(T, "") for T in steps)] for name, own in cells.items()]
+    return markdown([head, *(f"T={T}" for T in steps)], lines)
 
 
 def table(results: dict) -> str:
@@ -559,31 +554,31 @@ def table(results: dict) -> str:
 
         blocks.append(caption)
         if rows := [row for row in data["rows"] if row["estimator"] == "sampler"]:
-            blocks.append(markdown(rows, lambda row: number(row["bits_per_character"]), "bits per character, at most"))
+            blocks.append(by_steps(rows, lambda row: number(row["bits_per_character"]), "bits per character, at most"))
         if acting := [row for row in rows if row["gain"]]:
             blocks.append(
-                markdown(acting, small("gain", per_character), "gain over MDLM at the same T, bits per character")
+                by_steps(acting, small("gain", per_character), "gain over MDLM at the same T, bits per character")
             )
-            ess = markdown(
+            ess = by_steps(
                 acting, lambda row: "" if row["ess"] is None else f"{row['ess']:.2f}", "ESS of the k weights"
             )
             blocks.append(ess)
         rows = [row for row in data["rows"] if row["estimator"] != "sampler"]
-        lines = ["| other estimates | bits per character |", "| --- | ---: |"] if rows else []
+        lines = []
         for row in rows:
             name = OTHERS.get(row["estimator"]) or f"published form, no bound: {row['energy']}, {row['log_z']} log Z"
-            lines.append(f"| {name} | {number(row['bits_per_character'])} |")
-        blocks += ["\n".join(lines)] if rows else []
+            lines.append([name, number(row["bits_per_character"])])
+        blocks += [markdown(["other estimates", "bits per character"], lines)] if rows else []
         if data["versus_double"]:
             head = "EDLM at T minus MDLM at 2T, bits per character"
-            blocks.append(markdown(data["versus_double"], small("difference", per_character), head))
+            blocks.append(by_steps(data["versus_double"], small("difference", per_character), head))
         if rows := data.get("versus_equal_cost"):
             head = "EDLM minus MDLM of equal cost, bits per character (equivalent passes)"
 
             def cell(row, scale=per_character):
                 return f"{number(row['difference'], scale, '+.4f')} ({row['denoiser_equivalent_passes']:.1f})"
 
-            blocks.append(markdown(rows, cell, head))
+            blocks.append(by_steps(rows, cell, head))
     if len(results["data"]) > 1:
         blocks.append(across(results["data"]))
     return "\n\n".join(blocks)
@@ -599,9 +594,8 @@ def across(data_sets: list[dict]) -> str:
             if row["estimator"] != "paper" and row["num_steps"] in (None, most):
                 name = OTHERS.get(row["estimator"]) or name_of(row)
                 cells.setdefault(name, []).append(number(row["bits_per_character"]))
-    lines = [[f"bits per character, T={most}", *(data["name"] for data in data_sets)]]
-    lines += [["---"] + ["---:"] * len(data_sets)] + [[name, *row] for name, row in cells.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    head = [f"bits per character, T={most}", *(data["name"] for data in data_sets)]
+    return markdown(head, [[name, *row] for name, row in cells.items()])
 
 
 def latex(results: dict) -> str:
@@ -746,7 +740,8 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         about = machine()
         about["versions"] |= {name: version(name) for name in ("accelerate", "numpy")}
-        results = {"command": arguments.command(), "arguments": arguments.recorded(), "seed": arguments.seed} | about
+        recorded = command("evaluate_likelihood", arguments, NOT_RECORDED - {"out"})
+        results = {"command": recorded, "arguments": arguments.recorded(), "seed": arguments.seed} | about
         on_cuda = accelerator.device.type == "cuda"
         results |= {
             "device": accelerator.device.type,

@@ -14,7 +14,6 @@ Shapes: B samples, R reference blocks, L length.
 import hashlib
 import json
 import math
-import shlex
 import time
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -25,12 +24,13 @@ from tqdm.auto import tqdm
 from .common.arguments import (
     COMPLETIONS,
     KINDS,
-    PUBLIC_DATA,
     CommaLists,
     answer_early,
+    command,
     found_device,
     generation_config,
     parse_arguments,
+    public_data,
 )
 
 NOT_RECORDED = {"out", "cache_dir", "num_threads", "from_json"}  # of the recorded command
@@ -101,15 +101,6 @@ class SampleArguments(CommaLists):
     def mdlm_steps(self) -> str:
         return "mdlm_num_steps" if self.mdlm_num_steps else "num_steps"
 
-    def command(self) -> str:
-        """As another would type it: the data where a card says that it is."""
-        fields = type(self).__dataclass_fields__
-        changed = {k: v for k, v in asdict(self).items() if v != fields[k].default and k not in NOT_RECORDED}
-        changed["data"] = PUBLIC_DATA / Path(self.data).name
-        changed["out"] = Path(self.out).name if Path(self.out).is_absolute() else self.out
-        parts = [str(part) for name, value in changed.items() for part in (f"--{name}", value)]
-        return shlex.join(["python", "-m", "training.evaluate_samples", *parts])
-
 
 if __name__ == "__main__":
     answer_early(SampleArguments, __doc__)
@@ -128,7 +119,7 @@ from .common.components import body_parameters, with_energy
 from .common.components import label as energy_name
 from .common.data import PackedTokens, tokenize
 from .common.loop import step_seed
-from .common.results import Store, machine, read_results, write_json, write_whole
+from .common.results import Store, machine, markdown, read_results, write_json, write_whole
 
 NGRAMS = (1, 2, 3, 4)
 WORD_BLOCKS = 4096  # the word list comes from the reference and so many blocks in all: a short list lacks many words
@@ -463,7 +454,7 @@ def table(results: dict) -> str:
     """Markdown: all settings, then samplers at the data's token entropy."""
     head = ["sampler", "T", "temp.", "passes", "energy passes", "s/sample", "ESS", "gen. PPL", "bits/token"]
     head += ["entropy, nats", "MAUVE", "energy distance (p)", "JS 1/2/3/4, bits", "rep-4", "real words"]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    lines = []
     for row in [results["data"], *results["rows"]]:
         is_data = row is results["data"]
         cells = ["data"] + [""] * 6
@@ -478,7 +469,7 @@ def table(results: dict) -> str:
         cells += [f"{_interval(distance, 4, 'distance')} ({distance['p_value']:.3f})", " / ".join(divergences)]
         cells += [_interval(row["repetition_rate"]), _interval(row["real_word_share"])]
         lines.append(cells)
-    settings_table = _markdown(lines)
+    settings_table = markdown(head, lines)
     caption = (
         "{num_samples} samples, batches of {batch_size}, {dtype}, {device_name} ({threads} threads); scorer {scorer}; "
         "95% bootstrap intervals over samples."
@@ -487,18 +478,16 @@ def table(results: dict) -> str:
         caption += " (*) The scorer has a part in these samples: its judgement of them is worth nothing."
     if results["data"]["mauve"] is None:
         caption += f" No MAUVE: {results['data']['mauve_missing']}."
-    lines = [["sampler", "T", "bits/token", "temp.", "s/sample", "equivalent passes"], ["---"] + ["---:"] * 5]
+    head, lines = ["sampler", "T", "bits/token", "temp.", "s/sample", "equivalent passes"], []
     for row in results["matched_entropy"]:
         cells = [row["label"] + (" (*)" if row["scorer_is_own"] else ""), f"{row['num_steps'] or ''}"]
         cells += ["outside of the sweep", ""] if row["bits_per_token"] is None else [f"{row['bits_per_token']:.3f}"]
         cells += [] if row["bits_per_token"] is None else [f"{row['temperature']:.3f}"]
         lines.append(cells + [f"{row['seconds_per_sample']:.3g}", f"{row['equivalent_passes']:.1f}"])
     entropy = results["data"]["token_entropy"]["mean"]
-    return f"{caption}\n\n{settings_table}\n\nAt the data's token entropy, {entropy:.3f} nats:\n\n{_markdown(lines)}"
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return (
+        f"{caption}\n\n{settings_table}\n\nAt the data's token entropy, {entropy:.3f} nats:\n\n{markdown(head, lines)}"
+    )
 
 
 def plot(results: dict, path: Path) -> None:
@@ -561,10 +550,11 @@ def main(argv: list[str] | None = None) -> None:
     data, *rows = [store.row(key_of(setting), lambda setting=setting: row_of(setting)) for setting in grid]
     about = machine()
     about["versions"] |= _versions("evaluate", "mauve-text", "numpy")
-    results = {"command": arguments.command()} | {k: v for k, v in asdict(arguments).items() if k not in NOT_RECORDED}
+    results = {"command": command("evaluate_samples", arguments, NOT_RECORDED - {"out"})}
+    results |= {k: v for k, v in asdict(arguments).items() if k not in NOT_RECORDED}
     results |= {"data": data, "rows": rows, "matched_entropy": matched_entropy(rows, data["token_entropy"]["mean"])}
     results |= {
-        "data_set": str(PUBLIC_DATA / Path(arguments.data).name),
+        "data_set": public_data(arguments.data),
         "length": networks.length,
         "ngram_floors": judge.floors,
         "mauve_features": "mean over positions of what the scorer's output projection reads",

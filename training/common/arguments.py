@@ -148,6 +148,11 @@ class DataArguments:
     final_eval_blocks: int = field(default=4096, metadata={"help": "validation blocks of the last evaluation"})
 
 
+def public_data(data: str) -> str:
+    """Data sets, with commas between, those that are files here where a card says that they are."""
+    return ",".join(str(PUBLIC_DATA / Path(part).name) if Path(part).exists() else part for part in data.split(","))
+
+
 def command(script: str, arguments, leave_out: Collection[str] = ()) -> str:
     """The command line of `training.<script>`, or of a module with a dot in its name, that gives these arguments (a
     dataclass, or its class and a dictionary).
@@ -158,7 +163,8 @@ def command(script: str, arguments, leave_out: Collection[str] = ()) -> str:
     fields = kind.__dataclass_fields__
     changed = {k: v for k, v in values.items() if k in fields and k not in leave_out and v != fields[k].default}
     for name in {"data", "validation_data"} & changed.keys():
-        if Path(changed[name]).exists():
-            changed[name] = PUBLIC_DATA / Path(changed[name]).name
+        changed[name] = public_data(changed[name])
+    if Path(changed.get("out", "")).is_absolute():
+        changed["out"] = Path(changed["out"]).name
     module = script if "." in script else f"training.{script}"
     return shlex.join(["python", "-m", module, *(str(x) for k, v in changed.items() for x in (f"--{k}", v))])

@@ -62,6 +62,12 @@ def replaced_folder(folder: Path):
     shutil.rmtree(old, ignore_errors=True)
 
 
+def markdown(head: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """A table whose first columns are text, and the others numbers."""
+    rule = ["---"] * left + ["---:"] * (len(head) - left)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, rule, *rows])
+
+
 def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
