@@ -25,6 +25,7 @@ from hub_cards.publish.shipped_cards import SHIPPED, WHOLE, render, results_file
 from modeling_edlm import EDLMForCausalLM, EDLMModel
 from modeling_edlm.schedule import antithetic_times
 from support.toy import make_toy
+from support.words import words
 from training import adapt, evaluate_likelihood, evaluate_samples, generate
 from training.common.contrast import accuracy, contrast, draw_contrast, energies
 from training.common.data import PackedTokens, character_tokenizer, tokenize
@@ -426,11 +427,11 @@ def test_the_cards_of_spaces():
     assert len(versions) == 1 and f"gradio=={versions.pop()}\n" in (ROOT / "constraints.txt").read_text()
 
 
-# ---- what is shipped, and what README.md says of it
+# ---- what is shipped, and what README.md and docs/ say of it
 
 
-def test_the_readme_has_the_tables_of_the_results():
-    """Every row of figures in README.md is, to the letter, one of the card or of what a results file prints."""
+def test_the_docs_have_the_tables_of_the_results():
+    """Every row of figures in README.md and docs/ is, to the letter, one of a card or of what a results file prints."""
     printed = "".join(card_file(name).read_text() for name in WHOLE)
     modules = {"likelihood": evaluate_likelihood, "samples": evaluate_samples, "adapt": adapt, "memory": memory}
     for results in (ROOT / "hub_cards" / "results").glob("*.json"):
@@ -439,7 +440,7 @@ def test_the_readme_has_the_tables_of_the_results():
             printed += module.table(json.loads(results.read_text())) + "\n"
     names = r"data \||MDLM|EDLM|AR \||AR, exact|autoregressive \||denoiser \||NCE energy \||published form"
     names += r"|before|gain, |ESS, |other text|adapted|wiki|small \||full \|"
-    rows = [row for row in (ROOT / "README.md").read_text().splitlines() if re.match(rf"\| ({names})", row)]
+    rows = [row for row in words().splitlines() if re.match(rf"\| ({names})", row)]
     assert len(rows) >= 30 and not [row for row in rows if row not in printed]
 
 
@@ -490,7 +491,7 @@ def test_shipped_energies_fit_the_shipped_model(name, held_out):
     with torch.no_grad():
         energy = model.energy(torch.cat((positive, negatives[:, 0])), torch.cat((xt, xt)), torch.cat((s, s)))
     assert energy.isfinite().all() and energy.std() > 0.1
-    assert f"edlm-wiki27-{name}" in (ROOT / "README.md").read_text()
+    assert f"edlm-wiki27-{name}" in words()
 
 
 def test_the_shipped_samples_come_again():
