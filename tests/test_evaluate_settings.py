@@ -50,7 +50,7 @@ def command(root: Path, judge: str = "judge", **changes) -> list[str]:
     options = {"model": root / "edlm", "judge": root / judge, "data": root / "data", "out": root / "out" / "all.json"}
     options |= {"num_steps": "2,4", "num_candidates": "2,3", "windows": "1:0,0.5:0,0.3:0.2", "num_sequences": 5}
     options |= {"num_times": 2, "inner_samples": 2, "num_samples": 3, "passes": 6, "tolerance": 0.5}
-    options |= {"correctors": "2:1:3,3:4:2", "temperatures": "1,0.5"}
+    options |= {"correctors": "2:1:3:1,3:4:2:0.5", "temperatures": "1,0.5"}
     return [str(part) for k, v in (options | changes).items() for part in (f"--{k}", v)]
 
 
@@ -64,7 +64,8 @@ def test_the_grid_is_whole(results, root):
     assert len(results["rows"]) == 2 * (1 + 2 * len(WINDOWS) + 2)
     assert [row["temperature"] for row in results["temperatures"]] == [1, 1, 0.5, 0.5]
     assert results["temperatures"][1] == results["chosen"]  # the same seeds
-    assert (root / "out" / "all.png").stat().st_size > 1000
+    for name in ("all.png", "all-frontier.png"):
+        assert (root / "out" / name).stat().st_size > 1000
     assert results["command"].startswith("python -m training.evaluate_settings") and str(root) in results["command"]
     near = [row for row in results["rows"] if row["window"] and 3 <= row["samples"]["passes"] <= 9]
     assert results["chosen"] == min(near, key=lambda row: row["samples"]["judge"]["mean"])
@@ -113,6 +114,7 @@ def test_samples_are_those_of_generate(results, root):
             energy_window=tuple(row["window"] or (1.0, 0.0)),
             corrector_steps=row["corrector"][0],
             corrector_size=row["corrector"][1],
+            corrector_temperature=row["corrector"][2],
             temperature=row["temperature"],
             shared_completion=True,
             seed=0,
@@ -152,8 +154,9 @@ def test_what_is_there_is_not_measured_again(results, root, monkeypatch):
         ({"windows": "0.4"}, "windows must be hi:lo .*0.4"),
         ({"windows": "x:0"}, "windows must be hi:lo .*'x:0'"),
         ({"num_candidates": "1,2"}, "num_candidates must be at least 2, got '1,2'"),
-        ({"correctors": "4:0:2"}, "corrector_size must be an integer of at least 1, got 0"),
-        ({"correctors": "4"}, "correctors must be rounds:size:k .*'4'"),
+        ({"correctors": "4:0:2:1"}, "corrector_size must be an integer of at least 1, got 0"),
+        ({"correctors": "4:8:2:0"}, "corrector_temperature must be positive"),
+        ({"correctors": "4"}, "correctors must be rounds:size:k:temperature .*'4'"),
         ({"temperatures": "0"}, "temperature must be positive, got 0.0"),
         ({"sample_dtype": "float16"}, "sample_dtype must be float32 or bfloat16, got 'float16'"),
         ({"num_samples": 1}, "num_samples must be at least 2, got 1"),

@@ -497,7 +497,7 @@ def run_remote(folder: Path, out: Path) -> dict:
 
 
 def test_folder_without_code_works_with_the_package(tmp_path):
-    """The README's example as a user of `pip install .` runs it on a clone, where the code copies are not."""
+    """The example of docs/loading.md as a user of `pip install .` runs it on a clone, where the code copies are not."""
     model = randomize(EDLMModel(EDLMConfig(**SMALL)))
     model.save_pretrained(tmp_path)
     for copy in tmp_path.glob("*.py"):

@@ -33,13 +33,16 @@ class SettingsArguments(CommaLists):
     num_steps: str = field(default="8,16,32,64", metadata={"help": "T, with commas between"})
     num_candidates: str = field(default="2,4,8", metadata={"help": "k besides 1, which is MDLM"})
     windows: str = field(default="1:0,0.4:0,0.25:0", metadata={"help": "hi:lo, the energy acts at t in [lo, hi]"})
-    correctors: str = field(default="", metadata={"help": "rounds:size:k, with commas between, e.g. 64:8:2"})
+    correctors: str = field(default="", metadata={"help": "rounds:size:k:temperature, e.g. 64:8:2:0.25,64:8:2:1"})
     temperatures: str = field(default="1", metadata={"help": "of the samples: the first; of the chosen setting: all"})
     shared_completion: bool = field(default=True, metadata={"help": "of candidates, for energies of x0"})
     num_sequences: int = field(default=48, metadata={"help": "texts of the bound, evenly spaced"})
     num_times: int = field(default=4, metadata={"help": "draws of the bound for each text"})
     inner_samples: int = field(default=4, metadata={"help": "inner samples of the bound for each draw"})
     num_samples: int = field(default=24, metadata={"help": "of each setting"})
+    frontier_samples: int = field(
+        default=0, metadata={"help": "of the chosen setting, and MDLM, at each temperature; 0: num_samples"}
+    )
     sample_dtype: str = field(default="float32", metadata={"help": "or bfloat16, where the machine is faster in it"})
     passes: float = field(default=64, metadata={"help": "the setting that is chosen costs about so many"})
     tolerance: float = field(default=0.15, metadata={"help": "what about means: up to this share more or fewer"})
@@ -57,7 +60,14 @@ class SettingsArguments(CommaLists):
             raise ValueError(f"out must end in .json, got {self.out!r}")
         if self.sample_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"sample_dtype must be float32 or bfloat16, got {self.sample_dtype!r}")
-        least = {"num_sequences": 2, "num_times": 1, "inner_samples": 1, "num_samples": 2, "passes": 1}
+        least = {
+            "num_sequences": 2,
+            "frontier_samples": 0,
+            "num_times": 1,
+            "inner_samples": 1,
+            "num_samples": 2,
+            "passes": 1,
+        }
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}")
@@ -66,8 +76,9 @@ class SettingsArguments(CommaLists):
                 raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)!r}")
         for window in self.all_windows:
             generation_config(energy_window=window)  # checks it
-        for rounds, size, k in self.all_correctors:
-            generation_config(corrector_steps=rounds, corrector_size=size, num_candidates=k)
+        for rounds, size, k, temperature in self.all_correctors:
+            revision = {"corrector_steps": rounds, "corrector_size": size, "corrector_temperature": temperature}
+            generation_config(num_candidates=k, **revision)
         for temperature in self.listed("temperatures", float):
             generation_config(temperature=temperature)
 
@@ -76,8 +87,9 @@ class SettingsArguments(CommaLists):
         return self.tuples("windows", float, "hi:lo")
 
     @property
-    def all_correctors(self) -> list[tuple[int, int, int]]:
-        return self.tuples("correctors", int, "rounds:size:k")
+    def all_correctors(self) -> list[tuple[int, int, int, float]]:
+        found = self.tuples("correctors", float, "rounds:size:k:temperature")
+        return [(int(rounds), int(size), int(k), temperature) for rounds, size, k, temperature in found]
 
     def tuples(self, name: str, kind: type, form: str) -> list[tuple]:
         try:
@@ -111,7 +123,7 @@ from .common.settings import chosen, kind_of, label, table
 NOTES = {
     "bound": "bits per character of whole rows, an upper bound for the sampler that runs; gain: by how much the energy "
     "lowers it on the same draws; stderr over texts",
-    "corrector": "rounds and positions masked in each, after the last step; the energy acts in no step then",
+    "corrector": "rounds, positions masked in each, temperature; after the last step, and the energy acts in no step then",
     "samples": "up to their EOS; judge: bits per character under a model that is not the energy; known_words: share of "
     "the words that its training text has; entropy: of a text's own token frequencies, in nats",
     "passes": "nfe + pass_cost * energy_nfe, each as counted by generate(); pass_cost: parameters of the energy over "
@@ -152,17 +164,18 @@ def bounds(model: EDLMModel, x0_BL: torch.Tensor, characters_B, num_steps: int, 
     return rows
 
 
-def samples(model: EDLMModel, judge: Judge, setting: dict, arguments) -> dict:
+def samples(model: EDLMModel, judge: Judge, setting: dict, size: int, arguments) -> dict:
     """What the samples of a setting cost and what the judge says of them."""
     model.to(getattr(torch, arguments.sample_dtype))
     begun = time.perf_counter()
     output = model.generate(
-        batch_size=arguments.num_samples,
+        batch_size=size,
         num_steps=setting["num_steps"],
         num_candidates=setting["num_candidates"],
         energy_window=tuple(setting["window"] or (1.0, 0.0)),
         corrector_steps=setting["corrector"][0],
         corrector_size=setting["corrector"][1],
+        corrector_temperature=setting["corrector"][2],
         shared_completion=arguments.shared_completion,
         temperature=setting["temperature"],
         seed=arguments.seed,
@@ -180,7 +193,7 @@ def samples(model: EDLMModel, judge: Judge, setting: dict, arguments) -> dict:
         "nfe": float(output.nfe.double().mean()),
         "energy_nfe": float(output.energy_nfe.double().mean()),
         "passes": float((output.nfe + pass_cost(model) * output.energy_nfe).double().mean()),
-        "seconds_per_sample": seconds / arguments.num_samples,
+        "seconds_per_sample": seconds / size,
         "per_sample": {name: found[name].tolist() for name in ("bits", "characters", "known_words")},
     }
 
@@ -231,6 +244,33 @@ def plot(results: dict, path: Path) -> None:
     figure.savefig(path, dpi=110, format="png")
 
 
+def plot_frontier(results: dict, path: Path) -> None:
+    """Judge's bits against token entropy, a point for each temperature; one standard error both ways."""
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes, groups = figure.subplots(), {}
+    for row in results["temperatures"]:
+        groups.setdefault(row["energy"] is None, []).append(row)
+    for is_mdlm, color in ((True, "black"), (False, "tab:blue")):
+        group = groups.get(is_mdlm, [])
+        if not group:
+            continue
+        name = f"{'MDLM' if is_mdlm else 'EDLM'}, {np.mean([row['samples']['passes'] for row in group]):.0f} passes"
+        (x, of_x), (y, of_y) = (
+            zip(*((row["samples"][key]["mean"], row["samples"][key]["stderr"]) for row in group), strict=True)
+            for key in ("entropy", "judge")
+        )
+        axes.errorbar(x, y, of_y, of_x, marker="o", capsize=3, color=color, label=name)
+        for row, where in zip(group, zip(x, y, strict=True), strict=True):
+            axes.annotate(f"{row['temperature']:g}", where, xytext=(5, 5), textcoords="offset points", fontsize="small")
+    data = results["data"]
+    axes.plot(data["entropy"]["mean"], data["judge"]["mean"], "*", markersize=12, color="gray", label="held-out text")
+    axes.set(xlabel="token entropy of a text, nats", ylabel="judge's bits per character (lower is better)")
+    axes.set_title("equal passes; the numbers are temperatures", fontsize="medium")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110, format="png")
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(SettingsArguments, __doc__, argv)
     if arguments.from_json:
@@ -269,21 +309,21 @@ def main(argv: list[str] | None = None) -> None:
                 if row["window"] is None and name != next(iter(variants)):
                     continue  # MDLM is the same for all
                 rows.append({"energy": name if row["window"] else None, "num_steps": num_steps} | row)
-            for rounds, size, k in arguments.all_correctors:
+            for rounds, size, k, of_rounds in arguments.all_correctors:
                 setting = {"num_steps": num_steps, "num_candidates": k, "window": [0.0, 0.0]}  # no step has t = 0
-                rows.append({"energy": name} | setting | {"corrector": [rounds, size], "bound": None})
+                rows.append({"energy": name} | setting | {"corrector": [rounds, size, of_rounds], "bound": None})
 
     temperature = arguments.listed("temperatures", float)[0]
 
-    def sampled(row: dict) -> dict:
-        row = row | {"corrector": row.get("corrector", [0, 1]), "temperature": row.get("temperature", temperature)}
+    def sampled(row: dict, size: int = arguments.num_samples) -> dict:
+        row = row | {"corrector": row.get("corrector", [0, 1, 1.0]), "temperature": row.get("temperature", temperature)}
         model = variants[row["energy"]] if row["energy"] else first
         knobs = ("num_steps", "num_candidates", "window", "corrector", "temperature")
         setting = {name: row[name] for name in knobs}
-        key = setting | {"samples": arguments.num_samples, "seed": arguments.seed, "judge": weights_of_judge}
+        key = setting | {"samples": size, "seed": arguments.seed, "judge": weights_of_judge}
         key |= {"weights": weights[row["energy"] or next(iter(variants))], "shared": arguments.shared_completion}
         key |= {"dtype": arguments.sample_dtype}
-        return row | {"samples": store.row(key, lambda: samples(model, judge, setting, arguments))}
+        return row | {"samples": store.row(key, lambda: samples(model, judge, setting, size, arguments))}
 
     rows = [sampled(row) for row in tqdm(rows, desc="samples", unit="setting")]
     best = chosen(rows, arguments.passes, arguments.tolerance)
@@ -291,7 +331,8 @@ def main(argv: list[str] | None = None) -> None:
     for other in arguments.listed("temperatures", float) if best else ():
         passes = round(best["samples"]["passes"])
         plain = {"energy": None, "num_steps": passes, "num_candidates": 1, "window": None, "temperature": other}
-        temperatures += [sampled(plain), sampled(best | {"temperature": other})]
+        size = arguments.frontier_samples or arguments.num_samples
+        temperatures += [sampled(plain, size), sampled(best | {"temperature": other}, size)]
     recorded = {"out", "num_threads", "from_json"}
     results = {
         "command": command("evaluate_settings", arguments, recorded - {"out"}),
@@ -309,9 +350,11 @@ def main(argv: list[str] | None = None) -> None:
         "temperatures": temperatures,
     }  # fmt: skip
     write_json(out, results)
-    write_whole(out.with_suffix(".png"), lambda path: plot(results, path))
+    charts = {out.with_suffix(".png"): plot, out.with_name(f"{out.stem}-frontier.png"): plot_frontier}
+    for path, draw in charts.items():
+        write_whole(path, lambda temporary, draw=draw: draw(results, temporary))
     print(table(results))
-    print(f"\nresults: {out}\nchart: {out.with_suffix('.png')}")
+    print(f"\nresults: {out}\ncharts: {', '.join(map(str, charts))}")
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def new_energy(arguments: EnergyArguments, denoiser: EDLMForMaskedLM):
     """The energy to be trained: an adapter over the denoiser, or a copy of its blocks."""
     torch.manual_seed(arguments.seed)
     all_blocks = denoiser.config.num_hidden_layers
-    # half of them gain as much on a next state (README, "The light energy")
+    # half of them gain as much on a next state (docs/results-wiki27.md, "The light energy")
     default = None if arguments.energy_target == "x0" else -(-all_blocks // 2)
     energy = EDLMEnergyModel.from_denoiser(
         denoiser,

@@ -14,7 +14,8 @@ def label(row: dict) -> str:
     if row["window"] is None:
         return "MDLM"
     if row["corrector"][0]:
-        return f"{row['energy']}, k={row['num_candidates']}, {row['corrector'][0]} rounds of {row['corrector'][1]}"
+        rounds, size, temperature = row["corrector"]
+        return f"{row['energy']}, k={row['num_candidates']}, {rounds} rounds of {size} at {temperature:g}"
     return f"{row['energy']}, k={row['num_candidates']}, t in [{row['window'][1]:g}, {row['window'][0]:g}]"
 
 
