@@ -179,7 +179,7 @@ NOTES = {
     "versus_equal_cost": "EDLM minus MDLM with as many equivalent passes, interpolated between the measured numbers of "
     "steps in the logarithm of passes; beyond the largest one, minus MDLM with that many steps",
     "seconds": "of evaluation for each sequence: all k and temperatures of an energy at one T are measured together",
-    "paper": "the published estimator, with the lower and the asymptotic upper form of log Z; not a bound (docs/evaluate.md)",
+    "paper": "published estimator with the lower and the asymptotic upper form of log Z, no bound: docs/evaluate.md",
 }
 
 

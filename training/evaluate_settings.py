@@ -123,7 +123,7 @@ from .common.settings import chosen, kind_of, label, table
 NOTES = {
     "bound": "bits per character of whole rows, an upper bound for the sampler that runs; gain: by how much the energy "
     "lowers it on the same draws; stderr over texts",
-    "corrector": "rounds, positions masked in each, temperature; after the last step, and the energy acts in no step then",
+    "corrector": "rounds after the last step, positions masked in each, temperature; the energy acts in no step then",
     "samples": "up to their EOS; judge: bits per character under a model that is not the energy; known_words: share of "
     "the words that its training text has; entropy: of a text's own token frequencies, in nats",
     "passes": "nfe + pass_cost * energy_nfe, each as counted by generate(); pass_cost: parameters of the energy over "
