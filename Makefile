@@ -43,6 +43,7 @@ app: .venv/.stamp-space model
 lint: .venv/.stamp-test
 	$(PYTHON_VENV) -m ruff check .
 	$(PYTHON_VENV) -m ruff format --check .
+	$(PYTHON_VENV) -m mypy
 
 bench: .venv/.stamp-test model
 	$(PYTHON_VENV) -m bench

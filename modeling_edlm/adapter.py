@@ -10,10 +10,14 @@ A folder of PEFT's format, with one file more: `energy_config.json` says what en
 import hashlib
 import json
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from .backbone import PLAIN
@@ -21,12 +25,12 @@ from .backbone import PLAIN
 BLOCKS = r"network\.backbone\.blocks\.\d+\.(attention\.qkv|attention\.out|fc1|fc2)"
 HEAD = ["network.projection", "network.head", "network.fc1", "network.fc2"]
 ENERGY_FIELDS = ("energy_target", "energy_pooling", "energy_num_layers")
-BASE_FIELDS = ("vocab_size", "mask_token_id", "hidden_size", "num_hidden_layers", "num_attention_heads", "cond_dim")
-BASE_FIELDS += ("intermediate_size", "time_conditioning", "rope_theta")
+BASE_FIELDS: tuple[str, ...] = ("vocab_size", "mask_token_id", "hidden_size", "num_hidden_layers")
+BASE_FIELDS += ("num_attention_heads", "cond_dim", "intermediate_size", "time_conditioning", "rope_theta")
 DESCRIPTION, CONFIG, WEIGHTS = "energy_config.json", "adapter_config.json", "adapter_model.safetensors"
 
 
-def add_lora(energy, rank: int, alpha: float | None = None, dropout: float = 0.0):
+def add_lora(energy: nn.Module, rank: int, alpha: float | None = None, dropout: float = 0.0) -> Any:
     """Put a fresh adapter into an energy (`EDLMEnergyModel`), in place: all but it and the head is frozen, and with it
     the denoiser where that shares its weights.
 
@@ -48,7 +52,9 @@ def add_lora(energy, rank: int, alpha: float | None = None, dropout: float = 0.0
     return _peft().get_peft_model(energy, config)
 
 
-def save_adapter(folder: str | Path, energy, denoiser, base: str | None, weights: dict | None = None) -> None:
+def save_adapter(
+    folder: str | Path, energy: Any, denoiser: PreTrainedModel, base: str | None, weights: dict | None = None
+) -> None:
     """Write the adapter of an energy that `add_lora` or `load_adapter` gave, or its `get_base_model()`.
 
     Args:
@@ -74,7 +80,7 @@ def save_adapter(folder: str | Path, energy, denoiser, base: str | None, weights
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
-def find_adapter(path: str, **where) -> Path | None:
+def find_adapter(path: str | Path, **where: Any) -> Path | None:
     """The local folder of an adapter's files, fetched if need be; None where the folder or repo holds no adapter."""
     optional = {"_raise_exceptions_for_missing_entries": False}
     if (found := cached_file(path, DESCRIPTION, **where, **optional)) is None:
@@ -84,7 +90,7 @@ def find_adapter(path: str, **where) -> Path | None:
     return Path(found).parent
 
 
-def energy_fields(folder: Path, denoiser) -> dict:
+def energy_fields(folder: Path, denoiser: PreTrainedModel) -> dict[str, Any]:
     """What kind of energy an adapter is: arguments of `EDLMEnergyModel.from_denoiser`.
 
     Raises ValueError if it was trained over another denoiser, and names what is different.
@@ -110,7 +116,7 @@ def energy_fields(folder: Path, denoiser) -> dict:
     return fields
 
 
-def load_adapter(energy, folder: Path):
+def load_adapter(energy: nn.Module, folder: Path) -> Any:
     """Put the adapter of a folder into an energy, in place, for inference. Returns the `peft.PeftModel` around it.
 
     Raises ValueError if the weights are damaged or not those of this adapter.
@@ -129,7 +135,7 @@ def load_adapter(energy, folder: Path):
     return model
 
 
-def fill_adapter(model, folder: Path) -> None:
+def fill_adapter(model: nn.Module, folder: Path) -> None:
     """Give the adapter that is in a model (`add_lora`) the weights of a folder.
 
     Raises ValueError if they are damaged or not those of an adapter of this form.
@@ -144,7 +150,7 @@ def fill_adapter(model, folder: Path) -> None:
         raise ValueError(f"{folder / WEIGHTS} lacks, or has in excess, {len(wrong)} weights: {wrong[0]}, ...")
 
 
-def checksum(module: torch.nn.Module) -> str:
+def checksum(module: nn.Module) -> str:
     """SHA-256 of all weights, rounded to bfloat16: the same for a model in float32 and in bfloat16."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
@@ -153,7 +159,7 @@ def checksum(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _peft():
+def _peft() -> ModuleType:
     try:
         import peft
     except ImportError as error:

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from typing import Any, TypeGuard, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedConfig
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -23,16 +25,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 CHUNK = 2**25  # entries of a (positions, vocabulary) table that exist at a time
 # What the library calls the keys and values of earlier tokens: "past_key_values" before 5.24.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
-PLAIN = (torch.Tensor, nn.Parameter)  # weights that are neither quantised nor sharded
+Module = TypeVar("Module", bound=nn.Module)
+PLAIN = (Tensor, nn.Parameter)  # weights that are neither quantised nor sharded
 
 
 # Both are of this thread: others go on as they were.
 _compiling = ContextVar("compiling", default=False)
-_constants = ContextVar("constants", default=None)
+_constants: ContextVar[dict[nn.Module, tuple[Tensor | None, Any]] | None] = ContextVar("constants", default=None)
 
 
 @contextmanager
-def fixed_weights():
+def fixed_weights() -> Iterator[None]:
     """Within it no weight changes, so that what a network without time makes of its weights alone is made once."""
     token = _constants.set({})
     try:
@@ -41,7 +44,7 @@ def fixed_weights():
         _constants.reset(token)
 
 
-def once(module: nn.Module, source, make: Callable):
+def once(module: nn.Module, source: Tensor | None, make: Callable[[], Any]) -> Any:
     """What `make` gives for this very `source`; within `fixed_weights` it is made again only for another one."""
     cache = None if torch.compiler.is_compiling() else _constants.get()
     if cache is None:
@@ -52,7 +55,7 @@ def once(module: nn.Module, source, make: Callable):
 
 
 @contextmanager
-def compiled(enabled: bool = True):
+def compiled(enabled: bool = True) -> Iterator[None]:
     """Within it the blocks of every backbone run through `torch.compile`, on a GPU as CUDA graphs.
 
     Their shapes are static: rows are padded to a power of two, so a length has few of them.
@@ -64,7 +67,7 @@ def compiled(enabled: bool = True):
         _compiling.reset(token)
 
 
-def position_chunks(positions_M: torch.Tensor, vocab_size: int) -> Iterator[torch.Tensor]:
+def position_chunks(positions_M: Tensor, vocab_size: int) -> Iterator[Tensor]:
     """Flat positions in pieces whose logits fit into CHUNK; none for no positions."""
     return iter(positions_M.split(max(1, CHUNK // vocab_size)) if len(positions_M) else ())
 
@@ -72,18 +75,18 @@ def position_chunks(positions_M: torch.Tensor, vocab_size: int) -> Iterator[torc
 class Rotary(nn.Module):
     """Rotary angles in float32, computed from the positions: no buffer to keep in step with the weights."""
 
-    def __init__(self, config):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.theta = config.rope_theta
 
-    def forward(self, position_ids_NL: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, position_ids_NL: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         exponent = torch.arange(0, self.head_dim, 2, device=position_ids_NL.device, dtype=torch.float32) / self.head_dim
         angle = position_ids_NL[:, None, :, None].float() * self.theta**-exponent
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def rotate(x_NHLD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x_NHLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first half of the channels against the second."""
     first, second = x_NHLD.chunk(2, dim=-1)
     # a compiler fuses it anyway, and would break its graph at `out=`
@@ -96,7 +99,7 @@ def rotate(x_NHLD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return y_NHLD
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool = False) -> torch.Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     """`x @ weight.T + bias`, then if asked for the tanh form of GELU, in place where no gradient needs its input.
 
     On a CPU in float32 and without gradients it is oneDNN's product, GELU in the same kernel: on a CPU that is not
@@ -110,11 +113,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gel
     return _gelu(y) if gelu else y
 
 
-def _gelu(x: torch.Tensor) -> torch.Tensor:
+def _gelu(x: Tensor) -> Tensor:
     return nn.functional.gelu(x, approximate="tanh") if x.requires_grad else torch.ops.aten.gelu_(x, approximate="tanh")
 
 
-def _has_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _has_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -126,13 +129,13 @@ def _has_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def is_plain(layer: nn.Module) -> bool:
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether its weights are all that a linear layer does: no adapter, other `forward` or hook, nothing quantised."""
     hooked = "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks
     return type(layer) in (nn.Linear, ZeroLinear) and type(layer.weight) in PLAIN and not hooked
 
 
-def apply_linear(layer: nn.Module, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
+def apply_linear(layer: nn.Module, x: Tensor, gelu: bool = False) -> Tensor:
     """A linear layer of the model, by `linear` where that is all it does. It is torch's own class and has no `forward`
     of ours, because quantisers take no other.
     """
@@ -151,7 +154,7 @@ class TimeEmbedding(nn.Module):
         self.fc1 = nn.Linear(2 * self.num_frequencies, cond_dim)
         self.fc2 = nn.Linear(cond_dim, cond_dim)
 
-    def forward(self, noise_N: torch.Tensor) -> torch.Tensor:
+    def forward(self, noise_N: Tensor) -> Tensor:
         steps = torch.arange(self.num_frequencies, device=noise_N.device, dtype=torch.float32)
         angle = noise_N[:, None].float() * torch.exp(-math.log(10000) * steps / self.num_frequencies)
         features = torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.fc1.weight.dtype)
@@ -168,41 +171,44 @@ class AdaLayerNorm(nn.Module):
     `num_gates` further chunks of the modulation gate the residual branch that follows.
     """
 
-    def __init__(self, config, num_gates: int):
+    def __init__(self, config: PreTrainedConfig, num_gates: int):
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden_size, bias=False)
         self.num_chunks = 2 + num_gates
         self.modulation = ZeroLinear(config.cond_dim, self.num_chunks * config.hidden_size) if config.cond_dim else None
 
-    def forward(self, x_NLD: torch.Tensor, cond_NC: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, x_NLD: Tensor, cond_NC: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.modulation is None:
             return self.norm(x_NLD), None
+        assert cond_NC is not None
         if len(cond_NC) == 1:  # the same for all rows: one affine layer norm
             weight_D, shift_D, gate = self.constants(cond_NC)
             return nn.functional.layer_norm(x_NLD, weight_D.shape, weight_D, shift_D, self.norm.eps), gate
         shift, scale, gate = self.modulate(cond_NC)
         return torch.addcmul(shift, self.norm(x_NLD), 1 + scale), gate
 
-    def modulate(self, cond_NC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def modulate(self, cond_NC: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Shift, scale and gate, (N, 1, D) each; a gate only where a residual branch follows."""
-        shift, scale, *gate = self.modulation(cond_NC)[:, None].chunk(self.num_chunks, dim=-1)
+        shift, scale, *gate = self.modulation(cond_NC)[:, None].chunk(self.num_chunks, dim=-1)  # type: ignore[misc]
         return shift, scale, gate[0] if gate else None
 
-    def constants(self, cond_1C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def constants(self, cond_1C: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Weight (D,) and shift (D,) of the whole norm, and the gate: made once for a conditioning that is `once`."""
         return once(self, cond_1C, lambda: self._constants(cond_1C))
 
-    def _constants(self, cond_1C):
+    def _constants(self, cond_1C: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         shift, scale, gate = self.modulate(cond_1C)
         weight_D = self.norm.weight * (1 + scale[0, 0])
         return weight_D, shift[0, 0].to(weight_D.dtype), gate
 
 
-def add_gated(x_NLD: torch.Tensor, gate: torch.Tensor | None, y_NLD: torch.Tensor) -> torch.Tensor:
+def add_gated(x_NLD: Tensor, gate: Tensor | None, y_NLD: Tensor) -> Tensor:
     return x_NLD + y_NLD if gate is None else torch.addcmul(x_NLD, gate, y_NLD)
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, **kwargs):
+def eager_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
+) -> tuple[Tensor, Tensor]:
     """The specification of the attention backends: (N, H, L, D) to (N, L, H, D)."""
     scores = (query @ key.transpose(-1, -2)) * scaling
     if attention_mask is not None:
@@ -212,7 +218,7 @@ def eager_attention(module, query, key, value, attention_mask, scaling, **kwargs
 
 
 class Attention(nn.Module):
-    def __init__(self, config, is_causal: bool, layer_idx: int):
+    def __init__(self, config: PreTrainedConfig, is_causal: bool, layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -221,7 +227,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x_NLD, rotary, attention_mask=None, cache=None, needed_NQ=None):
+    def forward(
+        self,
+        x_NLD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        needed_NQ: Tensor | None = None,
+    ) -> Tensor:
         N, L, D = x_NLD.shape
         query, key, value = apply_linear(self.qkv, x_NLD).view(N, L, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
         query, key = rotate(query, *rotary), rotate(key, *rotary)
@@ -237,7 +250,7 @@ class Attention(nn.Module):
 
 
 class Block(GradientCheckpointingLayer):
-    def __init__(self, config, is_causal: bool, layer_idx: int):
+    def __init__(self, config: PreTrainedConfig, is_causal: bool, layer_idx: int):
         super().__init__()
         self.norm1 = AdaLayerNorm(config, num_gates=1)
         self.attention = Attention(config, is_causal, layer_idx)
@@ -246,7 +259,15 @@ class Block(GradientCheckpointingLayer):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_NLD, cond_NC, rotary, attention_mask=None, cache=None, needed_NQ=None):
+    def forward(
+        self,
+        x_NLD: Tensor,
+        cond_NC: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        needed_NQ: Tensor | None = None,
+    ) -> Tensor:
         """With `needed_NQ`, different positions of each row, (N, L, D) that is what it should be at these alone."""
         y_NLD, gate = self.norm1(x_NLD, cond_NC)
         y_NLD = self.dropout(self.attention(y_NLD, rotary, attention_mask, cache, needed_NQ))
@@ -264,7 +285,7 @@ class Block(GradientCheckpointingLayer):
 class Backbone(nn.Module):
     """Embedding and blocks: token ids (or embeddings) to the last hidden states and the conditioning vector."""
 
-    def __init__(self, config, is_causal: bool = False, num_layers: int | None = None):
+    def __init__(self, config: PreTrainedConfig, is_causal: bool = False, num_layers: int | None = None):
         super().__init__()
         self.config = config
         self.is_causal = is_causal
@@ -276,14 +297,14 @@ class Backbone(nn.Module):
 
     def forward(
         self,
-        input_ids_NL: torch.Tensor | None = None,
-        noise_N: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids_NL: torch.Tensor | None = None,
-        cache=None,
-        inputs_embeds: torch.Tensor | None = None,
-        where_NL: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_ids_NL: Tensor | None = None,
+        noise_N: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids_NL: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        where_NL: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         """
         Args:
             input_ids_NL: token ids; `inputs_embeds` (N, L, D) takes their place.
@@ -327,17 +348,25 @@ class Backbone(nn.Module):
             return run_compiled(self, x_NLD, cond_NC, rotary, mask), cond_NC
         return self.run_blocks(x_NLD, cond_NC, rotary, mask, cache, needed_NQ), cond_NC
 
-    def conditioning(self, noise_N: torch.Tensor) -> torch.Tensor:
-        return nn.functional.silu(self.time_embedding(noise_N))
+    def conditioning(self, noise_N: Tensor) -> Tensor:
+        return nn.functional.silu(self.time_embedding(noise_N))  # type: ignore[misc]
 
-    def run_blocks(self, x_NLD, cond_NC, rotary, mask, cache=None, needed_NQ=None) -> torch.Tensor:
+    def run_blocks(
+        self,
+        x_NLD: Tensor,
+        cond_NC: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: Cache | None = None,
+        needed_NQ: Tensor | None = None,
+    ) -> Tensor:
         *blocks, last = self.blocks
         for block in blocks:
             x_NLD = block(x_NLD, cond_NC, rotary, mask, cache)
         return last(x_NLD, cond_NC, rotary, mask, cache, needed_NQ)
 
 
-def needed_positions(where_NL: torch.Tensor, device: torch.device) -> torch.Tensor | None:
+def needed_positions(where_NL: Tensor, device: torch.device) -> Tensor | None:
     """(N, Q) different positions of each row with those of `where` first, or None where nearly all are needed."""
     most = int(where_NL.sum(-1).max())
     if most > 0.75 * where_NL.shape[1]:
@@ -347,18 +376,20 @@ def needed_positions(where_NL: torch.Tensor, device: torch.device) -> torch.Tens
 
 
 @cache
-def _compiled_blocks():
+def _compiled_blocks() -> Callable[..., Tensor]:
     """Compiled once for all backbones: parameters are inputs of the graph."""
-    on_gpu = {"mode": "reduce-overhead"} if torch.cuda.is_available() else {}
+    on_gpu: dict[str, Any] = {"mode": "reduce-overhead"} if torch.cuda.is_available() else {}
     return torch.compile(Backbone.run_blocks, dynamic=False, **on_gpu)
 
 
-def run_compiled(backbone: "Backbone", x_NLD, cond_NC, rotary, mask) -> torch.Tensor:
+def run_compiled(
+    backbone: Backbone, x_NLD: Tensor, cond_NC: Tensor | None, rotary: tuple[Tensor, Tensor], mask: Tensor | None
+) -> Tensor:
     """`run_blocks` by the compiler, for rows padded to a power of two with copies of the last one."""
     N = len(x_NLD)
     extra = (1 << (N - 1).bit_length()) - N
 
-    def pad(x):
+    def pad(x: Tensor | None) -> Tensor | None:
         return x if x is None or len(x) != N or not extra else torch.cat((x, x[-1:].expand(extra, *x.shape[1:])))
 
     # one code object serves denoiser and energy at every size
@@ -366,7 +397,7 @@ def run_compiled(backbone: "Backbone", x_NLD, cond_NC, rotary, mask) -> torch.Te
         return _compiled_blocks()(backbone, *(pad(x) for x in (x_NLD, cond_NC)), tuple(map(pad, rotary)), pad(mask))[:N]
 
 
-def pad_rows(x_MD: torch.Tensor) -> torch.Tensor:
+def pad_rows(x_MD: Tensor) -> Tensor:
     """Few different shapes: on a CPU the kernels of half-precision products are made, and cached, for each one."""
     M = len(x_MD)
     return nn.functional.pad(x_MD, (0, 0, 0, -M % 64)) if M > 64 else x_MD
@@ -375,18 +406,16 @@ def pad_rows(x_MD: torch.Tensor) -> torch.Tensor:
 class Head(nn.Module):
     """Last norm and projection. `positions_M` (flat indices into N * L) projects just those rows."""
 
-    def __init__(self, config, out_features: int, zero: bool = True):
+    def __init__(self, config: PreTrainedConfig, out_features: int, zero: bool = True):
         super().__init__()
         self.norm = AdaLayerNorm(config, num_gates=0)
         self.linear = (ZeroLinear if zero else nn.Linear)(config.hidden_size, out_features)
 
-    def forward(
-        self, x_NLD: torch.Tensor, cond_NC: torch.Tensor | None = None, positions_M: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, x_NLD: Tensor, cond_NC: Tensor | None = None, positions_M: Tensor | None = None) -> Tensor:
         x = self.select(x_NLD, cond_NC, positions_M)
         return apply_linear(self.linear, x if positions_M is None else pad_rows(x))[: len(x)]
 
-    def select(self, x_NLD, cond_NC=None, positions_M=None) -> torch.Tensor:
+    def select(self, x_NLD: Tensor, cond_NC: Tensor | None = None, positions_M: Tensor | None = None) -> Tensor:
         """What the projection is given, (M, D), or (N, L, D) without positions."""
         if positions_M is None:
             return self.norm(x_NLD, cond_NC)[0]
@@ -401,8 +430,8 @@ class Head(nn.Module):
 
 
 def prepend_bos(
-    ids_NL: torch.Tensor, bos_token_id: int, attention_mask: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ids_NL: Tensor, bos_token_id: int, attention_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """A BOS before each row, (N, L + 1), and the attention mask with it: what tells a network, whose positions are
     relative, where a text begins. Before padding on the left too: positions are counted over tokens.
     """
@@ -410,7 +439,7 @@ def prepend_bos(
     return ids_NL, attention_mask if attention_mask is None else nn.functional.pad(attention_mask, (1, 0), value=1)
 
 
-def twin(module: nn.Module) -> nn.Module:
+def twin(module: Module) -> Module:
     """A second tree of modules over the very same parameters: what is wrapped, hooked or switched in one is not in the
     other, and no weight is there twice.
 
@@ -425,12 +454,12 @@ def twin(module: nn.Module) -> nn.Module:
     return other
 
 
-def log_probs(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+def log_probs(logits: Tensor, mask_token_id: int) -> Tensor:
     """Float32 log-softmax over the last axis with no mass on the mask token (a network may lack its column)."""
     return suppress(logits.float().clone(), mask_token_id).log_softmax(-1)
 
 
-def suppress(logits: torch.Tensor, token_id: int) -> torch.Tensor:
+def suppress(logits: Tensor, token_id: int) -> Tensor:
     """Logits of a network in float32 without the token, in place where they are that already."""
     logits = logits.float()
     if token_id < logits.shape[-1]:  # a network may lack its column
@@ -438,7 +467,7 @@ def suppress(logits: torch.Tensor, token_id: int) -> torch.Tensor:
     return logits
 
 
-def rows_at_once(model: nn.Module, length: int) -> int:
+def rows_at_once(model: Any, length: int) -> int:
     """Rows of this length that one pass of a network takes: what keeps the device busy, if it fits into free memory."""
     sizes = model.config.get_text_config()
     bytes_of_row = 24 * length * sizes.hidden_size * model.dtype.itemsize  # of activations, at the widest place

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import difflib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -85,7 +85,7 @@ class EDLMConfig(PreTrainedConfig):
     energy_adapter: str | None = None
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         fields, known = list(type(self).__annotations__), {field.name for field in dataclasses.fields(PreTrainedConfig)}
         known |= {f"{name}_token_id" for name in ("sep", "cls", "unk", "decoder_start")} | {"num_labels"}
         for name in kwargs.keys() - known:  # unknown keys of newer library versions pass, misspelt fields do not
@@ -101,7 +101,7 @@ class EDLMConfig(PreTrainedConfig):
         pipelines = copy.deepcopy(CUSTOM_PIPELINES) if self._is_sampler else {}
         super().__post_init__(**{"auto_map": dict(AUTO_MAP), "custom_pipelines": pipelines} | kwargs)
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Part of the strict validation that the base class runs after `__post_init__`."""
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
         for name in sizes:
@@ -156,7 +156,7 @@ class EDLMConfig(PreTrainedConfig):
     @property
     def energy_is_foreign(self) -> bool:
         """Whether the energy is a causal language model of another library class."""
-        return bool(self.energy_config) and self.energy_config.get("model_type", self.model_type) != self.model_type
+        return (self.energy_config or {}).get("model_type", self.model_type) != self.model_type
 
     def for_denoiser(self) -> "EDLMConfig":
         """The configuration of the denoiser alone."""

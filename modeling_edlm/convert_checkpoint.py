@@ -13,6 +13,7 @@ import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from huggingface_hub import snapshot_download
@@ -28,14 +29,14 @@ from .modeling_edlm import EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, ED
 
 # What each kind becomes, the prefixes its keys may have, the most specific first, and its settings. In an EDLM
 # checkpoint the energy network stands twice, as `ebm` and inside the denoiser's `backbone`.
-KINDS = {
+KINDS: dict[str, tuple[type[PreTrainedModel], tuple[str, ...], dict[str, Any]]] = {
     "denoiser": (EDLMForMaskedLM, ("backbone.backbone.", "backbone.", ""), {}),
     "ar": (EDLMForCausalLM, ("backbone.ebm.", "ebm.", "backbone.", ""), {}),
     "nce": (EDLMEnergyModel, ("backbone.ebm.", "ebm.", ""), {"energy_type": "nce", "energy_pooling": "mean"}),
 }
 EDLM = "edlm"  # the kind that is a denoiser and an NCE energy
 ENERGY_PREFIXES = ("backbone.ebm.", "ebm.")
-NO_WEIGHTS = ("noise.", "train_metrics.", "valid_metrics.", "test_metrics.")
+NO_WEIGHTS: tuple[str, ...] = ("noise.", "train_metrics.", "valid_metrics.", "test_metrics.")
 NO_WEIGHTS += ("gen_ppl_metric.", "entropy_metric.", "time_metric.")
 ROTARY = "rotary_emb.inv_freq"
 SIZES = {"vocab_size": "vocab_size", "hidden_dim": "hidden_size"}  # by their names in a published config.json
@@ -44,7 +45,7 @@ FILES = tuple(f".{kind}" for kind in ("ckpt", "pt", "pth", "bin", "safetensors")
 # Beside the weights a published Lightning checkpoint holds its configuration and its tokenizer, objects of these
 # packages. They are read as `Inert`: nothing here is imported or called. What other code a file names is refused.
 INERT_PACKAGES = ("omegaconf", "transformers", "tokenizers", "lightning", "pytorch_lightning")
-INERT_NAMES = ("typing.Any", "collections.defaultdict")
+INERT_NAMES: tuple[str, ...] = ("typing.Any", "collections.defaultdict")
 INERT_NAMES += tuple(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "str", "tuple"))
 # Our names to the published ones, replaced in this order.
 RENAMED = (
@@ -93,7 +94,7 @@ def from_official(
     """
     if kind not in (*KINDS, EDLM):
         raise ValueError(f"kind must be one of {(*KINDS, EDLM)}, got {kind!r}")
-    settings = {
+    settings: dict[str, Any] = {
         "time_conditioning": time_conditioning,
         "max_position_embeddings": max_position_embeddings,
         "mask_token_id": mask_token_id,
@@ -102,7 +103,7 @@ def from_official(
     tensors = _averaged(state_dict) if "state_dict" in state_dict else state_dict
     if kind == EDLM:
         denoiser, energy = (from_official(tensors, part, num_heads, **settings) for part in ("denoiser", "nce"))
-        return EDLMModel.from_components(denoiser, energy, "nce").eval()
+        return EDLMModel.from_components(denoiser, energy, "nce").eval()  # type: ignore[arg-type]
     model_class, prefixes, fixed = KINDS[kind]
     if strays := [key for key, value in tensors.items() if not isinstance(value, torch.Tensor)]:
         raise ValueError(f"not tensors: {_listed(strays)}")
@@ -168,20 +169,20 @@ def from_official(
 class Inert:
     """In place of an object of another package; keeps the state that the object had."""
 
-    state = None
+    state: Any = None
 
-    def __new__(cls, *args):
+    def __new__(cls, *args: Any) -> Self:
         return super().__new__(cls)
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         self.state = state
 
-    def get(self, name: str):
+    def get(self, name: str) -> Any:
         """A part of the state, if that is a dictionary with such a part."""
         return self.state.get(name) if isinstance(self.state, dict) else None
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict:
+def read_checkpoint(path: str | os.PathLike) -> Mapping:
     """The content of a checkpoint file, or of the weights of a folder, in one file or several.
 
     Raises:
@@ -224,7 +225,7 @@ def download(repo: str, revision: str | None = None) -> Path:
     return folder
 
 
-def write_hub_folder(model: PreTrainedModel, folder: str | os.PathLike, tokenizer=None) -> None:
+def write_hub_folder(model: PreTrainedModel, folder: str | os.PathLike, tokenizer: Any = None) -> None:
     """Weights, configuration, code and tokenizer; the folder, new or empty, takes its name when it is whole."""
     folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -289,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"wrote {arguments.out}: {type(model).__name__}, {model.num_parameters():,} parameters")
 
 
-def _read_folder(folder: Path) -> dict:
+def _read_folder(folder: Path) -> Mapping:
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
         file = folder / name
         if not file.is_file():
@@ -301,7 +302,7 @@ def _read_folder(folder: Path) -> dict:
     raise FileNotFoundError(f"no such file: {folder / SAFE_WEIGHTS_NAME}, and no {WEIGHTS_NAME}, whole or in parts")
 
 
-def _published(path: Path, content: Mapping) -> dict:
+def _published(path: Path, content: Mapping) -> dict[str, Any]:
     """What is said of the model, by its published names, in a folder's config.json or in a Lightning checkpoint."""
     if path.is_dir():
         return json.loads((path / "config.json").read_text(encoding="utf-8"))

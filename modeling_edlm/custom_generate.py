@@ -13,9 +13,9 @@ Shapes: N rows, L length.
 """
 
 from collections.abc import Callable
+from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from .foreign import ForeignModel, load_energy
@@ -35,10 +35,10 @@ USED = ("cache_dir", "force_download", "local_files_only", "proxies", "repo_type
 
 def generate(
     model: PreTrainedModel,
-    inputs: torch.LongTensor | None = None,
+    inputs: Tensor | None = None,
     generation_config: GenerationConfig | None = None,
     *,
-    energy: nn.Module | Callable | str | None = None,
+    energy: nn.Module | Callable[..., Tensor] | str | None = None,
     energy_type: str | None = None,
     energy_target: str | None = None,
     energy_kwargs: dict | None = None,
@@ -46,10 +46,10 @@ def generate(
     max_position_embeddings: int | None = None,
     logits_shift: int = 0,
     num_tokens: int | None = None,
-    input_ids: torch.LongTensor | None = None,
-    token_type_ids: torch.LongTensor | None = None,
-    **kwargs,
-) -> EDLMGenerationOutput | torch.LongTensor:
+    input_ids: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> EDLMGenerationOutput | Tensor:
     """Sample text: unconditional, after a prompt, or in place of the mask tokens of `input_ids`.
 
     Args:
@@ -78,11 +78,11 @@ def generate(
     if token_type_ids is not None and token_type_ids.any():
         raise ValueError("token_type_ids must be zeros: what is generated has type 0")
     if isinstance(energy, str):
-        energy = load_energy(energy, **energy_kwargs or {}).to(model.device)
+        energy = load_energy(energy, **energy_kwargs or {}).to(model.device)  # type: ignore[arg-type]
     elif energy_kwargs is not None:
         raise ValueError(f"energy_kwargs are for an energy that is a name, got {energy_kwargs}")
     sizes = mask_token_id, max_position_embeddings, logits_shift, num_tokens
-    sampler = ForeignModel(model, energy, energy_type, energy_target, *sizes)
+    sampler = ForeignModel(model, energy, energy_type, energy_target, *sizes)  # type: ignore[arg-type]
     generation_config = own_config(generation_config or sampler.generation_config)
     if kwargs.get("compile", generation_config.compile):
         raise ValueError("compile=True compiles EDLM's own blocks, and not this model: call model.compile()")

@@ -6,28 +6,28 @@ Shapes: N rows, K candidates, M selected positions, V vocabulary.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
-def uniforms(seed: int, *counters: torch.Tensor | int) -> torch.Tensor:
+def uniforms(seed: int, *counters: Tensor | int) -> Tensor:
     """Uniforms in [0, 1), one for each entry of the broadcast counters (int64 tensors or integers).
 
     SplitMix64's finaliser (Steele et al. 2014) absorbs the counters one after the other. The top 52 bits make a
     float64, so that u * total stays below total for any float64 total (23 bits and float32 where float64 is missing).
     """
-    device = next((c.device for c in counters if isinstance(c, torch.Tensor)), torch.device("cpu"))
+    device = next((c.device for c in counters if isinstance(c, Tensor)), torch.device("cpu"))
     state = _mix(_signed(seed))
     for counter in counters:
         state = _mix(
-            state ^ _mix(counter.long() + _GOLDEN if isinstance(counter, torch.Tensor) else _signed(counter + _GOLDEN))
+            state ^ _mix(counter.long() + _GOLDEN if isinstance(counter, Tensor) else _signed(counter + _GOLDEN))
         )
-    if not isinstance(state, torch.Tensor):  # no counter was one
+    if not isinstance(state, Tensor):  # no counter was one
         state = torch.tensor(state)
     bits, dtype = (23, torch.float32) if device.type == "mps" else (52, torch.float64)
-    return _shift(state, 64 - bits).to(dtype) * 2.0**-bits
+    return _shift(state, 64 - bits).to(dtype) * 2.0**-bits  # type: ignore[union-attr]
 
 
-def draw(logits_MV: torch.Tensor, u_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(logits_MV: Tensor, u_MK: Tensor) -> tuple[Tensor, Tensor]:
     """K independent draws from each row's softmax, by inverse CDF: one pass over the vocabulary, then K look-ups.
 
     For a large vocabulary the CDF has two levels: that of blocks of tokens, and that of each block that was hit. These
@@ -44,13 +44,13 @@ def draw(logits_MV: torch.Tensor, u_MK: torch.Tensor) -> tuple[torch.Tensor, tor
     return x_MK, p_MV.gather(-1, x_MK).log()
 
 
-def _look_up(p_MV: torch.Tensor, u_MK: torch.Tensor) -> torch.Tensor:
+def _look_up(p_MV: Tensor, u_MK: Tensor) -> Tensor:
     cdf_MV = p_MV.to(u_MK.dtype).cumsum(-1)
     # right=True: a token without mass has the CDF of its predecessor and is never found
     return torch.searchsorted(cdf_MV, u_MK * cdf_MV[:, -1:], right=True).clamp_(max=p_MV.shape[-1] - 1)
 
 
-def _look_up_in_blocks(p_MV: torch.Tensor, u_MK: torch.Tensor, width: int = 64) -> torch.Tensor:
+def _look_up_in_blocks(p_MV: Tensor, u_MK: Tensor, width: int = 64) -> Tensor:
     (M, V), K, dtype = p_MV.shape, u_MK.shape[-1], u_MK.dtype
     whole = V // width * width
     sums_MC = (p_MV[:, :whole].unflatten(-1, (-1, width)).sum(-1), p_MV[:, whole:].sum(-1, keepdim=True))
@@ -67,7 +67,7 @@ def _look_up_in_blocks(p_MV: torch.Tensor, u_MK: torch.Tensor, width: int = 64) 
     return (block_MK * width + inside_MK1[..., 0]).clamp_(max=V - 1)
 
 
-def choose(energy_NK: torch.Tensor, temperature: float, u_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def choose(energy_NK: Tensor, temperature: float, u_N: Tensor) -> tuple[Tensor, Tensor]:
     """Keep one of K candidates with probability proportional to w = exp(-E / temperature) (EDLM, Algorithm 1).
 
     Returns:
@@ -79,7 +79,7 @@ def choose(energy_NK: torch.Tensor, temperature: float, u_N: torch.Tensor) -> tu
     return choice_N1[:, 0], effective_sample_size(log_w_NK).float()
 
 
-def effective_sample_size(log_w_NK: torch.Tensor) -> torch.Tensor:
+def effective_sample_size(log_w_NK: Tensor) -> Tensor:
     """(sum w)^2 / sum w^2, (N,): K if all weights are the same, 1 if one has everything."""
     return 1 / log_w_NK.softmax(-1).square().sum(-1)
 
@@ -92,17 +92,17 @@ def _signed(x: int) -> int:
     return (int(x) + 2**63) % 2**64 - 2**63
 
 
-def _shift(x: torch.Tensor | int, bits: int) -> torch.Tensor | int:
+def _shift(x: Tensor | int, bits: int) -> Tensor | int:
     """Logical right shift of int64."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _times(x: torch.Tensor | int, factor: int) -> torch.Tensor | int:
+def _times(x: Tensor | int, factor: int) -> Tensor | int:
     """The product of int64, which wraps around."""
-    return x * factor if isinstance(x, torch.Tensor) else _signed(x * factor)
+    return x * factor if isinstance(x, Tensor) else _signed(x * factor)
 
 
-def _mix(x: torch.Tensor | int) -> torch.Tensor | int:
+def _mix(x: Tensor | int) -> Tensor | int:
     """SplitMix64's finaliser."""
     x = _times(x ^ _shift(x, 30), _signed(0xBF58476D1CE4E5B9))
     x = _times(x ^ _shift(x, 27), _signed(0x94D049BB133111EB))

@@ -6,9 +6,11 @@ Shapes: N rows, K candidates, L length, V vocabulary, M selected positions (flat
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .backbone import position_chunks, suppress
 from .vocabulary import log_prob_projected
@@ -27,13 +29,15 @@ class Energy:
     """
 
     target, is_of_text, needs_log_mu, has_unit_z = "x0", False, False, False
-    network: nn.Module
+    network: Any  # has the config, dtype and device of a model of the library
 
-    def __call__(self, x_NL, xt_NL, t, attention_mask, log_mu_N) -> torch.Tensor:
+    def __call__(
+        self, x_NL: Tensor, xt_NL: Tensor, t: Tensor | float | None, attention_mask: Tensor | None, log_mu_N: Tensor
+    ) -> Tensor:
         """Energies (N,) float32 of candidates x of the states xt, given t, scalar or (N,), and log mu(x | xt)."""
         raise NotImplementedError
 
-    def time(self, t, s):
+    def time(self, t: Tensor | float, s: Tensor | float) -> Tensor | float:
         """Which of the times of a step, of xt and of the next state, it is given."""
         return t if self.target == "x0" else s
 
@@ -43,14 +47,16 @@ class AutoregressiveEnergy(Energy):
 
     is_of_text, needs_log_mu = True, True
 
-    def __init__(self, network: nn.Module, mask_token_id: int):
+    def __init__(self, network: PreTrainedModel, mask_token_id: int):
         self.network, self.mask_token_id = network, mask_token_id
 
-    def counted(self, xt_NL: torch.Tensor) -> torch.Tensor | None:
+    def counted(self, xt_NL: Tensor) -> Tensor | None:
         """Which tokens of p_AR count, (N, L) bool; None: all."""
         return None
 
-    def __call__(self, x_NL, xt_NL, t, attention_mask, log_mu_N):
+    def __call__(
+        self, x_NL: Tensor, xt_NL: Tensor, t: Tensor | float | None, attention_mask: Tensor | None, log_mu_N: Tensor
+    ) -> Tensor:
         bos = self.network.config.get_text_config().bos_token_id
         where_NL = self.counted(xt_NL)
         return log_mu_N - causal_log_prob(self.network, x_NL, where_NL, bos, self.mask_token_id, attention_mask)
@@ -61,35 +67,41 @@ class CarryOverEnergy(AutoregressiveEnergy):
 
     is_of_text, has_unit_z = False, True
 
-    def counted(self, xt_NL):
+    def counted(self, xt_NL: Tensor) -> Tensor:
         return xt_NL == self.mask_token_id
 
 
 class NCEEnergy(Energy):
     """That of an `EDLMEnergyModel`."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: PreTrainedModel):
         self.network, self.target = network, network.config.energy_target
 
-    def __call__(self, x_NL, xt_NL, t, attention_mask, log_mu_N):
+    def __call__(
+        self, x_NL: Tensor, xt_NL: Tensor, t: Tensor | float | None, attention_mask: Tensor | None, log_mu_N: Tensor
+    ) -> Tensor:
         return self.network(x_NL, xt=xt_NL, t=t, attention_mask=attention_mask).logits[:, 0]
 
 
 class FunctionEnergy(Energy):
     """Any function with the arguments of `Energy.__call__`; `network` is one whose passes are about as large."""
 
-    def __init__(self, function: Callable, target: str, network: nn.Module):
+    needs_log_mu = True  # the function is given it
+
+    def __init__(self, function: Callable[..., Tensor], target: str, network: nn.Module):
         self.function, self.target, self.network = function, target, network
 
-    def __call__(self, x_NL, xt_NL, t, attention_mask, log_mu_N):
+    def __call__(
+        self, x_NL: Tensor, xt_NL: Tensor, t: Tensor | float | None, attention_mask: Tensor | None, log_mu_N: Tensor
+    ) -> Tensor:
         energy_N = self.function(x_NL, xt_NL, t, attention_mask, log_mu_N)
-        if not isinstance(energy_N, torch.Tensor) or energy_N.shape != log_mu_N.shape:
+        if not isinstance(energy_N, Tensor) or energy_N.shape != log_mu_N.shape:
             what = getattr(energy_N, "shape", type(energy_N).__name__)
             raise ValueError(f"energy must give a tensor {tuple(log_mu_N.shape)}, one for each candidate, got {what}")
         return energy_N.float()
 
 
-def network_energy(energy_type: str, network: nn.Module | None, mask_token_id: int) -> Energy | None:
+def network_energy(energy_type: str, network: Any, mask_token_id: int) -> Energy | None:
     """The energy of a network by the `energy_type` of a configuration; None for "none"."""
     if energy_type in ("none", "nce"):
         return None if energy_type == "none" else NCEEnergy(network)
@@ -99,28 +111,39 @@ def network_energy(energy_type: str, network: nn.Module | None, mask_token_id: i
 class EnergyMixin:
     """`energy()` for a class with a `scorer`, `log_p_x0()` and `config.mask_token_id`."""
 
-    def energy(self, x, xt, t=None, attention_mask=None, log_mu=None) -> torch.Tensor:
+    config: Any
+    scorer: Energy | None
+    log_p_x0: Callable[..., Tensor]
+
+    def energy(
+        self,
+        x: Tensor,
+        xt: Tensor,
+        t: Tensor | float | None = None,
+        attention_mask: Tensor | None = None,
+        log_mu: Tensor | None = None,
+    ) -> Tensor:
         """Energy of candidates, lower is better.
 
         Args:
             x: (N, L) candidates: x0, or xs for `energy_target="xs"`. xt: (N, L) the state they were proposed for.
             t: time of xt (of xs for a step energy), scalar or (N,); read only by networks with time conditioning.
-            log_mu: (N,) log mu(x | xt) where the caller knows it already; only the AR energies need it.
+            log_mu: (N,) log mu(x | xt) where the caller knows it already, for AR energies and functions.
         Returns:
             (N,) float32; zeros without an energy. Source: EDLM (arXiv 2410.21357).
         """
         if (scorer := self.scorer) is None:
             return torch.zeros(x.shape[0], device=x.device)
         if log_mu is None and scorer.needs_log_mu:
-            masked_NL = xt == self.config.mask_token_id
+            masked_NL = (xt == self.config.mask_token_id) & (x != self.config.mask_token_id)
             if attention_mask is not None:
                 masked_NL &= attention_mask.bool()
             log_p_NL = self.log_p_x0(xt, t, attention_mask).gather(-1, x[..., None])[..., 0]
             log_mu = torch.where(masked_NL, log_p_NL, 0.0).sum(-1)
-        return scorer(x, xt, t, attention_mask, log_mu)
+        return scorer(x, xt, t, attention_mask, log_mu)  # type: ignore[arg-type]
 
 
-def check_vocabulary(vocab_size: int, mask_token_id: int, theirs) -> None:
+def check_vocabulary(vocab_size: int, mask_token_id: int, theirs: PreTrainedConfig) -> None:
     """Raises ValueError unless the token ids of an energy with the configuration `theirs` are those of the denoiser. A
     network of another library may lack the mask token if it is the last id.
     """
@@ -140,13 +163,13 @@ def check_vocabulary(vocab_size: int, mask_token_id: int, theirs) -> None:
 
 
 def causal_log_prob(
-    causal_lm: nn.Module,
-    x0_NL: torch.Tensor,
-    where_NL: torch.Tensor | None,
+    causal_lm: Any,
+    x0_NL: Tensor,
+    where_NL: Tensor | None,
     bos_token_id: int,
     mask_token_id: int,
-    attention_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
+    attention_mask: Tensor | None = None,
+) -> Tensor:
     """sum over `where` of log p_AR(x0_i | x0_{<i}), the first token given the BOS alone.
 
     Args:
@@ -189,14 +212,14 @@ def causal_log_prob(
 
 
 def candidate_energies(
-    energy,
-    x_NKL: torch.Tensor,
-    xt_NL: torch.Tensor,
-    t: float | torch.Tensor | None,
-    log_mu_NK: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
+    energy: Callable[..., Tensor],
+    x_NKL: Tensor,
+    xt_NL: Tensor,
+    t: float | Tensor | None,
+    log_mu_NK: Tensor,
+    attention_mask: Tensor | None = None,
     batch_size: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Energies (N, K) of K candidates for each row, and how many of these were scored, (N,): equal ones once.
 
     `energy` is a model's `energy(x, xt, t, attention_mask, log_mu)`; `batch_size` candidates go into one pass (None:
@@ -209,13 +232,13 @@ def candidate_energies(
     for now_S in torch.arange(len(scored_S), device=x_NKL.device).split(batch_size or len(scored_S)):
         candidate, row = scored_S[now_S], row_S[now_S]
         mask = None if attention_mask is None else attention_mask[row]
-        now_t = t[row] if isinstance(t, torch.Tensor) and t.ndim else t
+        now_t = t[row] if isinstance(t, Tensor) and t.ndim else t
         energies.append(energy(x_PL[candidate], xt_NL[row], now_t, mask, log_mu_P[candidate]))
     number_N = row_S.new_zeros(N).index_add_(0, row_S, torch.ones_like(row_S))
     return torch.cat(energies)[which_P].view(N, K), number_N
 
 
-def distinct(x_NKL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def distinct(x_NKL: Tensor) -> tuple[Tensor, Tensor]:
     """Flat indices (S,) of one candidate of each kind in a row, and (N * K,) which of these every candidate is."""
     N, K, _ = x_NKL.shape
     candidate_K = torch.arange(K, device=x_NKL.device)

@@ -4,7 +4,8 @@ Shapes: N rows, L length, D hidden size, M selected positions (flat indices into
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from .backbone import Backbone, Head, ZeroLinear, apply_linear, prepend_bos
 
@@ -17,7 +18,7 @@ class EnergyNetwork(nn.Module):
     blocks are not its own.
     """
 
-    def __init__(self, config, backbone: Backbone | None = None):
+    def __init__(self, config: PreTrainedConfig, backbone: Backbone | None = None):
         super().__init__()
         self.config = config
         self.backbone = Backbone(config, num_layers=config.energy_num_layers) if backbone is None else backbone
@@ -28,12 +29,8 @@ class EnergyNetwork(nn.Module):
         self.fc2 = ZeroLinear(config.hidden_size, 1, bias=False)
 
     def forward(
-        self,
-        x_NL: torch.Tensor,
-        xt_NL: torch.Tensor,
-        noise_N: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, x_NL: Tensor, xt_NL: Tensor, noise_N: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """Energies (N,) float32 of x_NL (x0, or xs with masks left) as a completion of xt_NL."""
         if self.config.prepend_bos:
             x_NL, _ = prepend_bos(x_NL, self.config.bos_token_id)
@@ -52,5 +49,5 @@ class EnergyNetwork(nn.Module):
         scalar_M = self.scalar(self.head(*hidden, positions_M))[:, 0].float()
         return scalar_M.new_zeros(x_NL.numel()).scatter(0, positions_M, scalar_M).view(x_NL.shape).sum(-1)
 
-    def scalar(self, y: torch.Tensor) -> torch.Tensor:
+    def scalar(self, y: Tensor) -> Tensor:
         return self.fc2(nn.functional.relu(self.fc1(y)))

@@ -7,11 +7,12 @@
 Shapes: N rows, R rows in one pass, L length, V vocabulary, M selected positions (flat in N * L; in R * L for P).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,7 +28,7 @@ from .likelihood import EDLMLikelihoodMixin
 from .proposal import ProposalMixin
 
 
-def load_energy(path: str, **kwargs) -> PreTrainedModel:
+def load_energy(path: str, **kwargs: Any) -> PreTrainedModel:
     """The causal language model, or else the NCE energy, of a folder or Hub repo."""
     config = AutoConfig.from_pretrained(path, **kwargs)
     is_nce = config.model_type == "edlm" and config.energy_type == "nce"
@@ -57,7 +58,7 @@ class Denoiser(nn.Module, ProposalMixin):
         self.logits_shift, self.num_tokens = logits_shift, num_tokens
         self.takes_time = model.config.model_type == "edlm"
         width = getattr(model.config.get_text_config(), "hidden_size", None)  # remote code has other names for it
-        sizes = SimpleNamespace(hidden_size=width or model.get_input_embeddings().weight.shape[-1])
+        sizes = SimpleNamespace(hidden_size=width or model.get_input_embeddings().weight.shape[-1])  # type: ignore[index]
         self.config = SimpleNamespace(get_text_config=lambda: sizes)  # all that `rows_at_once` reads
 
     @property
@@ -68,7 +69,9 @@ class Denoiser(nn.Module, ProposalMixin):
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
-    def logit_chunks(self, xt_NL, where_NL, t=None, attention_mask=None):
+    def logit_chunks(
+        self, xt_NL: Tensor, where_NL: Tensor, t: Tensor | float | None = None, attention_mask: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         L, device = xt_NL.shape[1], xt_NL.device
         order_NL = torch.arange(L, device=device).expand_as(xt_NL)
         if attention_mask is not None:  # the text first: many models count positions from the left end, padding or not
@@ -79,7 +82,7 @@ class Denoiser(nn.Module, ProposalMixin):
             where_P = where_NL[now_R].flatten().nonzero()[:, 0].to(device)
             now_R = now_R.to(device)
             mask_RL = None if attention_mask is None else attention_mask[now_R]
-            time = {"t": t[now_R] if isinstance(t, torch.Tensor) else t} if self.takes_time else {}
+            time = {"t": t[now_R] if isinstance(t, Tensor) else t} if self.takes_time else {}
             logits_RLV = self.model(input_ids=xt_NL[now_R], attention_mask=mask_RL, **time).logits
             row_P, place_P = where_P // L, where_P % L
             logits_PV = logits_RLV[row_P, (place_P - self.logits_shift).clamp(min=0)]
@@ -88,7 +91,7 @@ class Denoiser(nn.Module, ProposalMixin):
                 logits_PV[:, self.num_tokens :] = float("-inf")
             yield now_R[row_P] * L + order_NL[now_R[row_P], place_P], logits_PV
 
-    def log_p_x0(self, xt, t=None, attention_mask=None) -> torch.Tensor:
+    def log_p_x0(self, xt: Tensor, t: Tensor | float | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """SUBS log-probabilities (N, L, V), float32, as those of `EDLMForMaskedLM`."""
         log_p_NLV = torch.full((*xt.shape, self.vocab_size), float("-inf"), device=xt.device)
         log_p_NLV.scatter_(-1, xt[..., None], 0.0)
@@ -117,7 +120,7 @@ class ForeignModel(nn.Module, EnergyMixin, EDLMGenerationMixin, EDLMLikelihoodMi
     def __init__(
         self,
         model: PreTrainedModel,
-        energy: nn.Module | Callable | None = None,
+        energy: nn.Module | Callable[..., Tensor] | None = None,
         energy_type: str | None = None,
         energy_target: str | None = None,
         mask_token_id: int | None = None,
@@ -127,7 +130,7 @@ class ForeignModel(nn.Module, EnergyMixin, EDLMGenerationMixin, EDLMLikelihoodMi
     ):
         super().__init__()
         sizes = model.config.get_text_config()
-        given = {"mask_token_id": mask_token_id, "max_position_embeddings": max_position_embeddings}
+        given: dict[str, Any] = {"mask_token_id": mask_token_id, "max_position_embeddings": max_position_embeddings}
         for name, value in given.items():
             given[name] = getattr(sizes, name, None) if value is None else value
             if given[name] is None:
@@ -146,10 +149,10 @@ class ForeignModel(nn.Module, EnergyMixin, EDLMGenerationMixin, EDLMLikelihoodMi
             raise ValueError(f"energy_target is x0 or xs and for a function, got {energy_target!r}")
         self.energy_model = energy if kind in ("ar", "nce") else None
         if kind == "function":
-            self.scorer = FunctionEnergy(energy, energy_target or "x0", self.denoiser)
+            self.scorer = FunctionEnergy(energy, energy_target or "x0", self.denoiser)  # type: ignore[arg-type]
         else:
             if energy is not None:
-                check_vocabulary(self.config.vocab_size, self.config.mask_token_id, energy.config)
+                check_vocabulary(self.config.vocab_size, self.config.mask_token_id, energy.config)  # type: ignore[union-attr,arg-type]
             kind = energy_type or kind
             self.scorer = network_energy(kind, energy, self.config.mask_token_id)
         self.energy_type, self.config.energy_target = kind, self.scorer.target if self.scorer else "x0"
@@ -158,12 +161,12 @@ class ForeignModel(nn.Module, EnergyMixin, EDLMGenerationMixin, EDLMLikelihoodMi
     def device(self) -> torch.device:
         return self.denoiser.device
 
-    def log_p_x0(self, xt, t=None, attention_mask=None) -> torch.Tensor:
+    def log_p_x0(self, xt: Tensor, t: Tensor | float | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """SUBS log-probabilities (N, L, V) of the denoiser, float32."""
         return self.denoiser.log_p_x0(xt, t, attention_mask)
 
 
-def kind_of(energy) -> str:
+def kind_of(energy: Any) -> str:
     """How an energy is called. EDLM's classes are told by their names: remote code has copies of its own."""
     if energy is None:
         return "none"

@@ -7,13 +7,17 @@ Shapes: B rows of the output, N rows stepped now, K candidates, L length, T step
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .backbone import compiled, fixed_weights
 from .draws import uniforms
+from .energies import Energy
 from .sampler import LogitsProcess, Run, denoise, in_eval_mode, revise
 
 REVISE = -4  # of the seed of `revise()`: what it draws has nothing to do with how the text was made
@@ -63,33 +67,33 @@ class EDLMGenerationConfig(GenerationConfig):
 
     # The many fields of the base class steer autoregressive decoding: none of them is taken over silently, so
     # super().__init__() is not called (as in the library's own diffusion language model).
-    def __init__(self, **kwargs):
-        self.max_new_tokens = kwargs.pop("max_new_tokens", None)
-        self.max_length = kwargs.pop("max_length", None)
-        self.num_return_sequences = kwargs.pop("num_return_sequences", 1)
-        self.num_steps = kwargs.pop("num_steps", 128)
-        self.num_candidates = kwargs.pop("num_candidates", 8)
-        self.energy_window = kwargs.pop("energy_window", (1.0, 0.8))
-        self.shared_completion = kwargs.pop("shared_completion", False)
-        self.energy_temperature = kwargs.pop("energy_temperature", 1.0)
-        self.block_length = kwargs.pop("block_length", None)
-        self.corrector_steps = kwargs.pop("corrector_steps", 0)
-        self.corrector_size = kwargs.pop("corrector_size", 4)
-        self.corrector_candidates = kwargs.pop("corrector_candidates", None)
-        self.corrector_temperature = kwargs.pop("corrector_temperature", 1.0)
-        self.temperature = kwargs.pop("temperature", 1.0)
-        self.top_k = kwargs.pop("top_k", None)
-        self.top_p = kwargs.pop("top_p", None)
-        self.do_sample = kwargs.pop("do_sample", True)
-        self.denoiser_batch_size = kwargs.pop("denoiser_batch_size", None)
-        self.energy_batch_size = kwargs.pop("energy_batch_size", None)
-        self.compile = kwargs.pop("compile", False)
-        self.output_history = kwargs.pop("output_history", False)
-        self.return_dict_in_generate = kwargs.pop("return_dict_in_generate", False)
-        self.bos_token_id = kwargs.pop("bos_token_id", None)
-        self.eos_token_id = kwargs.pop("eos_token_id", None)
-        self.pad_token_id = kwargs.pop("pad_token_id", None)
-        self.transformers_version = kwargs.pop("transformers_version", None)
+    def __init__(self, **kwargs: Any) -> None:
+        self.max_new_tokens: int | None = kwargs.pop("max_new_tokens", None)
+        self.max_length: int | None = kwargs.pop("max_length", None)
+        self.num_return_sequences: int = kwargs.pop("num_return_sequences", 1)
+        self.num_steps: int = kwargs.pop("num_steps", 128)
+        self.num_candidates: int = kwargs.pop("num_candidates", 8)
+        self.energy_window: tuple[float, float] = kwargs.pop("energy_window", (1.0, 0.8))
+        self.shared_completion: bool = kwargs.pop("shared_completion", False)
+        self.energy_temperature: float = kwargs.pop("energy_temperature", 1.0)
+        self.block_length: int | None = kwargs.pop("block_length", None)
+        self.corrector_steps: int = kwargs.pop("corrector_steps", 0)
+        self.corrector_size: int = kwargs.pop("corrector_size", 4)
+        self.corrector_candidates: int | None = kwargs.pop("corrector_candidates", None)
+        self.corrector_temperature: float = kwargs.pop("corrector_temperature", 1.0)
+        self.temperature: float = kwargs.pop("temperature", 1.0)
+        self.top_k: int | None = kwargs.pop("top_k", None)
+        self.top_p: float | None = kwargs.pop("top_p", None)
+        self.do_sample: bool = kwargs.pop("do_sample", True)
+        self.denoiser_batch_size: int | None = kwargs.pop("denoiser_batch_size", None)
+        self.energy_batch_size: int | None = kwargs.pop("energy_batch_size", None)
+        self.compile: bool = kwargs.pop("compile", False)
+        self.output_history: bool = kwargs.pop("output_history", False)
+        self.return_dict_in_generate: bool = kwargs.pop("return_dict_in_generate", False)
+        self.bos_token_id: int | None = kwargs.pop("bos_token_id", None)
+        self.eos_token_id: int | list[int] | tuple[int, ...] | None = kwargs.pop("eos_token_id", None)
+        self.pad_token_id: int | None = kwargs.pop("pad_token_id", None)
+        self.transformers_version: str | None = kwargs.pop("transformers_version", None)
         self._from_model_config = None
         for metadata in ("_commit_hash", "_from_model_config"):
             kwargs.pop(metadata, None)
@@ -97,7 +101,7 @@ class EDLMGenerationConfig(GenerationConfig):
             raise ValueError(f"EDLM's generation has no argument {sorted(kwargs)}")
         self.validate()
 
-    def validate(self, **_):
+    def validate(self, **_: Any) -> None:
         for name in ("num_steps", "num_candidates", "num_return_sequences", "corrector_size"):
             _check_count(name, getattr(self, name))
         _check_count("corrector_steps", self.corrector_steps, least=0)
@@ -114,7 +118,7 @@ class EDLMGenerationConfig(GenerationConfig):
         window = self.energy_window
         if not isinstance(window, list | tuple) or len(window) != 2 or not 1 >= window[0] >= window[1] >= 0:
             raise ValueError(f"energy_window must be (hi, lo) with 1 >= hi >= lo >= 0, got {window}")
-        self.energy_window = tuple(window)  # a list in JSON
+        self.energy_window = window[0], window[1]  # a list in JSON
         for name in ("shared_completion", "do_sample", "compile", "output_history", "return_dict_in_generate"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -130,11 +134,11 @@ class EDLMGenerationConfig(GenerationConfig):
         return [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
 
     @classmethod
-    def from_model_config(cls, model_config):
+    def from_model_config(cls, model_config: PreTrainedConfig | dict) -> NoReturn:
         """There are no sampling parameters in a model configuration; the library then takes the defaults."""
         raise NotImplementedError
 
-    def get_generation_mode(self, *args, **kwargs):
+    def get_generation_mode(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError("masked diffusion has none of the autoregressive generation modes")
 
 
@@ -149,7 +153,9 @@ def own_config(config: GenerationConfig) -> EDLMGenerationConfig:
     return EDLMGenerationConfig(**{name: value for name, value in config.to_dict().items() if value is not None})
 
 
-def prepare_config(model, generation_config, changes: dict, name: str = "generate") -> EDLMGenerationConfig:
+def prepare_config(
+    model: Any, generation_config: GenerationConfig | None, changes: dict[str, Any], name: str = "generate"
+) -> EDLMGenerationConfig:
     """The configuration of a call: the one given or the model's own, with changes; ValueError for what does not fit."""
     config = own_config(model.generation_config if generation_config is None else generation_config)
     if changes.get("max_length") or changes.get("max_new_tokens"):  # the caller's wish beats either default
@@ -178,23 +184,28 @@ class EDLMGenerationOutput(ModelOutput):
         history: T + 1 states (B, L), from the start to `sequences`, with `output_history=True`.
     """
 
-    sequences: torch.LongTensor
-    nfe: torch.LongTensor | None = None
-    energy_nfe: torch.LongTensor | None = None
-    energies: torch.FloatTensor | None = None
-    ess: torch.FloatTensor | None = None
-    acceptance: torch.FloatTensor | None = None
-    history: tuple[torch.LongTensor, ...] | None = None
+    sequences: Tensor
+    nfe: Tensor | None = None
+    energy_nfe: Tensor | None = None
+    energies: Tensor | None = None
+    ess: Tensor | None = None
+    acceptance: Tensor | None = None
+    history: tuple[Tensor, ...] | None = None
 
 
 class EDLMGenerationMixin:
     """`generate()` for a class with a `denoiser`, `energy()` and a `scorer`, see sampler.py."""
 
+    config: Any
+    device: torch.device
+    scorer: Energy | None
+    generation_config_class: type[GenerationConfig]
+
     @torch.no_grad()
     def generate(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *,
         batch_size: int = 1,
@@ -203,10 +214,10 @@ class EDLMGenerationMixin:
         generator: torch.Generator | None = None,
         logits_processor: list[Callable] | None = None,
         stopping_criteria: list[Callable] | None = None,
-        streamer=None,
+        streamer: BaseStreamer | None = None,
         callback_on_step_end: Callable | None = None,
-        **kwargs,
-    ) -> EDLMGenerationOutput | torch.LongTensor:
+        **kwargs: Any,
+    ) -> EDLMGenerationOutput | Tensor:
         """Sample text: unconditional, after a prompt, or in place of the mask tokens of `input_ids`.
 
         Args:
@@ -248,9 +259,9 @@ class EDLMGenerationMixin:
     @torch.no_grad()
     def revise(
         self,
-        input_ids: torch.LongTensor,
-        mask: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        input_ids: Tensor,
+        mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *,
         first_row: int = 0,
@@ -258,10 +269,10 @@ class EDLMGenerationMixin:
         generator: torch.Generator | None = None,
         logits_processor: list[Callable] | None = None,
         stopping_criteria: list[Callable] | None = None,
-        streamer=None,
+        streamer: BaseStreamer | None = None,
         callback_on_step_end: Callable | None = None,
-        **kwargs,
-    ) -> EDLMGenerationOutput | torch.LongTensor:
+        **kwargs: Any,
+    ) -> EDLMGenerationOutput | Tensor:
         """Revise a finished text by `corrector_steps` rounds of the corrector (see `EDLMGenerationConfig`).
 
         Args:
@@ -285,12 +296,12 @@ class EDLMGenerationMixin:
             raise ValueError(f"mask must be bool {tuple(input_ids.shape)}, got {mask.dtype} {tuple(mask.shape)}")
         if attention_mask is not None:
             mask = mask & check_attention_mask(attention_mask, input_ids).bool()
-        repeated = [
+        repeated: list[Any] = [
             x if x is None else x.repeat_interleave(config.num_return_sequences, dim=0).to(self.device)
             for x in (input_ids.long(), attention_mask, mask)
         ]
         seed = int(uniforms(choose_seed(seed, generator), REVISE) * 2**52)
-        run = Run(*repeated[:2], seed, first_row, config.corrector_steps)
+        run = Run(repeated[0], repeated[1], seed, first_row, config.corrector_steps)
         watch = Watch(self, run, config, stopping_criteria, streamer, callback_on_step_end, False, repeated[2])
         process = LogitsProcess.of(config, logits_processor, self.config.mask_token_id)
         rounds = range(config.corrector_steps if self._revises(config) else 0)
@@ -298,7 +309,7 @@ class EDLMGenerationMixin:
             revise(self, run, config, process, watch, rounds)
         return self._output(run, config, watch)
 
-    def _output(self, run: Run, config, watch) -> EDLMGenerationOutput | torch.LongTensor:
+    def _output(self, run: Run, config: EDLMGenerationConfig, watch: "Watch") -> EDLMGenerationOutput | Tensor:
         run.health.check()  # before the streamer hears that all is well
         sequences_BL = watch.end()
         if not config.return_dict_in_generate:
@@ -307,11 +318,13 @@ class EDLMGenerationMixin:
         counts = run.nfe_B, run.energy_nfe_B, run.energies_BT, run.ess_BT
         return EDLMGenerationOutput(sequences_BL, *counts, acceptance_B, watch.history)
 
-    def _revises(self, config) -> bool:
+    def _revises(self, config: EDLMGenerationConfig) -> bool:
         k = config.corrector_candidates or config.num_candidates
         return self.scorer is not None and config.do_sample and k > 1
 
-    def _canvas(self, input_ids, attention_mask, config, batch_size):
+    def _canvas(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, config: EDLMGenerationConfig, batch_size: int
+    ) -> tuple[Tensor, Tensor | None]:
         """The start: prompts, each with masks after it; and the attention mask, None without padding."""
         longest, mask = self.config.max_position_embeddings, self.config.mask_token_id
         if input_ids is None:
@@ -353,20 +366,20 @@ class EDLMGenerationMixin:
 
     def adjust_generation_fn(
         self,
-        generation_config,
-        from_auto_class,
-        from_pipeline,
-        pretrained_model_name_or_path,
-        cache_dir,
-        force_download,
-        proxies,
-        local_files_only,
-        token,
-        revision,
-        subfolder,
-        trust_remote_code,
-        **kwargs,
-    ):
+        generation_config: GenerationConfig | None,
+        from_auto_class: bool,
+        from_pipeline: str | None,
+        pretrained_model_name_or_path: Any,
+        cache_dir: Any,
+        force_download: bool,
+        proxies: dict[str, str] | None,
+        local_files_only: bool,
+        token: str | bool | None,
+        revision: str,
+        subfolder: str,
+        trust_remote_code: bool,
+        **kwargs: Any,
+    ) -> None:
         """Called by `from_pretrained`: the checkpoint's generation_config.json, else the defaults."""
         if generation_config is not None:
             self.generation_config = self.generation_config_class.from_dict(generation_config.to_dict())
@@ -396,26 +409,36 @@ class Watch:
     With `may_finish` a row is finished at its EOS; a text to be revised needs all its tokens.
     """
 
-    def __init__(self, model, run: Run, config, stopping_criteria, streamer, callback, may_finish: bool, free_BL=None):
+    def __init__(
+        self,
+        model: Any,
+        run: Run,
+        config: EDLMGenerationConfig,
+        stopping_criteria: list[Callable] | None,
+        streamer: BaseStreamer | None,
+        callback: Callable | None,
+        may_finish: bool,
+        free_BL: Tensor | None = None,
+    ) -> None:
         xt_BL, attention_mask = run.xt_BL, run.attention_mask
         self.model, self.xt_BL, self.streamer, self.callback = model, xt_BL, streamer, callback
         self.may_finish = may_finish
         self.mask_token_id, self.eos = model.config.mask_token_id, config.eos_token_ids
         self.pad = next((i for i in (config.pad_token_id, *self.eos) if i is not None), None)
         self.criteria = StoppingCriteriaList(stopping_criteria or ())
-        self.history = (xt_BL.clone(),) if config.output_history else None
+        self.history: tuple[Tensor, ...] | None = (xt_BL.clone(),) if config.output_history else None
         is_text_BL = torch.ones_like(xt_BL, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         self.free_BL = (xt_BL == self.mask_token_id) & is_text_BL if free_BL is None else free_BL
         is_given_BL = is_text_BL & ~self.free_BL
         self.tail_BL = is_text_BL & (is_given_BL.flip(-1).cumsum(-1).flip(-1) == 0)  # after the last given token
         self.done_B = torch.zeros(len(xt_BL), dtype=torch.bool)
-        self.choices = []
+        self.choices: list[tuple[Tensor, ...]] = []
         if streamer is not None:  # the prompt: what stands before the first position that is to be filled
             is_before_L = ~self.free_BL.any(0).cumsum(-1).bool()
             self.start = int(is_before_L.sum())
             streamer.put(xt_BL[:, : self.start].cpu())
 
-    def choice(self, rows_N, x_NKL, energy_NK, kept_N) -> None:
+    def choice(self, rows_N: Tensor, x_NKL: Tensor, energy_NK: Tensor, kept_N: Tensor) -> None:
         if self.callback is not None:
             self.choices.append((rows_N, x_NKL, energy_NK, kept_N))
 
@@ -430,8 +453,8 @@ class Watch:
             )
             self.callback(self.model, step, t, {"sequences": self.xt_BL} | parts)
             self.choices = []
-        if hasattr(self.streamer, "put_draft"):
-            self.streamer.put_draft(self.xt_BL[:, self.start :].to("cpu", copy=True))  # the canvas goes on changing
+        if hasattr(self.streamer, "put_draft"):  # given a copy: the canvas goes on changing
+            self.streamer.put_draft(self.xt_BL[:, self.start :].to("cpu", copy=True))  # type: ignore[union-attr]
         if self.eos and self.may_finish:  # nothing that is still masked comes before the first EOS
             is_open_BL = (self.xt_BL == self.mask_token_id) & self.free_BL & ~self.after_eos()
             self.done_B |= ~is_open_BL.any(-1).cpu()
@@ -439,15 +462,15 @@ class Watch:
             self.done_B |= self.criteria(self.xt_BL, None).cpu()
         return bool((self.eos or self.criteria) and self.done_B.all())
 
-    def after_eos(self) -> torch.Tensor:
+    def after_eos(self) -> Tensor:
         """(B, L) bool: what comes after the first EOS that follows the last given token."""
         is_eos_BL = torch.isin(self.xt_BL, torch.tensor(self.eos, device=self.xt_BL.device)) & self.tail_BL
         return self.tail_BL & (is_eos_BL.cumsum(-1) - is_eos_BL.long() > 0)
 
-    def end(self) -> torch.Tensor:
+    def end(self) -> Tensor:
         """The sequences."""
         if self.eos:
-            self.xt_BL.masked_fill_(self.after_eos(), self.pad)
+            self.xt_BL.masked_fill_(self.after_eos(), self.pad)  # type: ignore[arg-type]
         if self.streamer is not None:
             self.streamer.put(self.xt_BL[:, self.start :].cpu())
             self.streamer.end()
@@ -461,19 +484,19 @@ def choose_seed(seed: int | None, generator: torch.Generator | None) -> int:
     if seed is not None and generator is not None:
         raise ValueError(f"give seed or generator, not both: got seed={seed} and {generator}")
     if seed is None:
-        return int(torch.randint(2**63 - 1, (), generator=generator, device=generator and generator.device))
+        return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else None))
     return seed
 
 
-def _check_count(name: str, value, least: int = 1) -> None:
+def _check_count(name: str, value: Any, least: int = 1) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
-def check_prompt(input_ids: torch.Tensor, vocab_size: int) -> None:
+def check_prompt(input_ids: Tensor, vocab_size: int) -> None:
     """Raises ValueError unless these are token ids, (B, L) and not empty."""
-    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-        shape = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+        shape = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise ValueError(f"input_ids must be an integer tensor (B, L), got {shape}")
     if input_ids.numel() == 0:
         raise ValueError(f"input_ids is empty, shape {tuple(input_ids.shape)}; leave it out to sample freely")
@@ -482,7 +505,7 @@ def check_prompt(input_ids: torch.Tensor, vocab_size: int) -> None:
         raise ValueError(f"input_ids must lie in [0, vocab_size={vocab_size}), got {int(input_ids[outside][0])}")
 
 
-def check_attention_mask(attention_mask: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+def check_attention_mask(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
     """The mask as int64, if each row has one text with padding around it; ValueError if not."""
     if attention_mask.shape != input_ids.shape:
         raise ValueError(

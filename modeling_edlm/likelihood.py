@@ -17,8 +17,10 @@ each completion), R random subsets, C settings.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 
@@ -33,6 +35,8 @@ ESTIMATORS = ("sampler", "paper", "mdlm")
 NUM_SUBSETS = 64  # of the pool, averaged over: scalars only, and 64 leave little of their noise
 SHIFT, REVEAL, PICK, SUBSET, PROPOSE = range(5)  # streams of uniforms; five counters, where generate() has four
 GOLDEN = (math.sqrt(5) - 1) / 2
+Settings = Sequence[tuple[int, float]]  # (num_candidates, energy_temperature)
+Counters = tuple[int, Tensor, Tensor]  # the seed, and of each moment its row and its draw
 
 
 @dataclass
@@ -47,20 +51,20 @@ class EDLMLikelihoodOutput(ModelOutput):
         ess: (B,) mean effective sample size of the k weights, NaN where no energy acted; sampler only.
     """
 
-    nll: torch.Tensor
-    stderr: torch.Tensor | None = None
-    num_tokens: torch.Tensor | None = None
-    gain: torch.Tensor | None = None
-    gain_stderr: torch.Tensor | None = None
-    nll_upper: torch.Tensor | None = None
-    ess: torch.Tensor | None = None
+    nll: Tensor
+    stderr: Tensor | None = None
+    num_tokens: Tensor | None = None
+    gain: Tensor | None = None
+    gain_stderr: Tensor | None = None
+    nll_upper: Tensor | None = None
+    ess: Tensor | None = None
 
     @property
-    def bits_per_token(self) -> torch.Tensor:
+    def bits_per_token(self) -> Tensor:
         """(B,) bits for each scored position."""
-        return self.nll / math.log(2) / self.num_tokens
+        return self.nll / math.log(2) / self.num_tokens  # type: ignore[operator]
 
-    def bits_per_character(self, num_characters) -> torch.Tensor:
+    def bits_per_character(self, num_characters: Tensor | Sequence[int]) -> Tensor:
         """(B,) bits for each character of the scored text, given how many it has, (B,): the caller decodes it.
 
         Count Unicode characters for bits per character, UTF-8 bytes for bits per byte; the two differ.
@@ -76,18 +80,18 @@ class EDLMLikelihoodMixin:
 
     def likelihood(
         self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *,
         estimator: str = "sampler",
-        prompt_mask: torch.Tensor | None = None,
+        prompt_mask: Tensor | None = None,
         num_samples: int = 1,
         num_times: int = 32,
         seed: int = 0,
         first_row: int = 0,
         logits_processor: list[Callable] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> EDLMLikelihoodOutput:
         """Estimate the negative log-likelihood of texts, in nats, each with its standard error.
 
@@ -146,29 +150,29 @@ class LikelihoodTerms:
     size of the k weights, NaN where no energy acts ("sampler" only). num_tokens_B: scored positions.
     """
 
-    t_BJ: torch.Tensor
-    mdlm_BJ: torch.Tensor
-    nll_BJC: torch.Tensor
-    ess_BJC: torch.Tensor
-    num_tokens_B: torch.Tensor
+    t_BJ: Tensor
+    mdlm_BJ: Tensor
+    nll_BJC: Tensor
+    ess_BJC: Tensor
+    num_tokens_B: Tensor
 
 
 @torch.no_grad()
 def likelihood_terms(
-    model,
-    input_ids: torch.LongTensor,
-    attention_mask: torch.Tensor | None = None,
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
     generation_config: GenerationConfig | None = None,
     *,
     estimator: str = "sampler",
-    settings: Sequence[tuple[int, float]] | None = None,
-    prompt_mask: torch.Tensor | None = None,
+    settings: Settings | None = None,
+    prompt_mask: Tensor | None = None,
     num_samples: int = 1,
     num_times: int = 32,
     seed: int = 0,
     first_row: int = 0,
     logits_processor: list[Callable] | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> LikelihoodTerms:
     """What `EDLMLikelihoodMixin.likelihood` averages, for several (num_candidates, energy_temperature) at once.
 
@@ -232,10 +236,12 @@ def likelihood_terms(
         raise FloatingPointError(f"logits or energies give NaN, first in row {int(is_nan.nonzero()[0]) // J}")
     ess_PC = torch.cat(ess) if ess else torch.full_like(nll_PC, float("nan"))
     t_BJ, mdlm_BJ = torch.cat(t).view(-1, J), torch.cat(mdlm).view(-1, J)
-    return LikelihoodTerms(t_BJ, mdlm_BJ, *(x.view(*t_BJ.shape, -1) for x in (nll_PC, ess_PC)), scored_BL.sum(-1))
+    return LikelihoodTerms(t_BJ, mdlm_BJ, nll_PC.view(*t_BJ.shape, -1), ess_PC.view(*t_BJ.shape, -1), scored_BL.sum(-1))
 
 
-def _columns(model, estimator: str, config, largest: int, num_samples: int) -> tuple[Columns, torch.Tensor]:
+def _columns(
+    model: Any, estimator: str, config: EDLMGenerationConfig, largest: int, num_samples: int
+) -> tuple[Columns, Tensor]:
     """The candidates that are scored at a moment, and which columns are the data's, (G,).
 
     The data's candidate has x0 where something is shown, and G draws of the rest; beside it there are K proposals, or
@@ -255,7 +261,7 @@ def _columns(model, estimator: str, config, largest: int, num_samples: int) -> t
     return Columns(*(x.to(model.device) for x in columns)), data_G
 
 
-def log_mean_ratio(log_v_NG: torch.Tensor, log_w_NHK: torch.Tensor, k: int, counters: tuple) -> torch.Tensor:
+def log_mean_ratio(log_v_NG: Tensor, log_w_NHK: Tensor, k: int, counters: Counters) -> Tensor:
     """log of the mean of k v / (v + w_2 + ... + w_k), over the completions v and random subsets of the pool w.
 
     Each ratio is an unbiased estimate of p_k(x) / mu(x), so the mean is; its logarithm is on average too small.
@@ -281,7 +287,7 @@ def log_mean_ratio(log_v_NG: torch.Tensor, log_w_NHK: torch.Tensor, k: int, coun
     return log_ratio_NX.logsumexp(-1) - math.log(log_ratio_NX.shape[1])
 
 
-def log_mean_exp(log_w_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def log_mean_exp(log_w_NK: Tensor) -> tuple[Tensor, Tensor]:
     """log Z from K >= 2 proposals, (N,) twice: T_K, which is biased low, and (2K - 1) T_K - 2 (K - 1) T_{K-1}.
 
     T_{K-1} is the mean over the leave-one-out estimates. The second form is an upper bound as K grows (Deng et al.
@@ -296,7 +302,7 @@ def log_mean_exp(log_w_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return lower_N, (2 * K - 1) * lower_N - 2 * (K - 1) * without_one_N
 
 
-def mean_and_stderr(x_BJ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def mean_and_stderr(x_BJ: Tensor) -> tuple[Tensor, Tensor]:
     """Mean over stratified draws and its standard error by successive differences (Wolter 2007), NaN for one draw.
 
     A draw differs from its neighbour by noise and by the step between their strata, so the error is on average not
@@ -309,13 +315,13 @@ def mean_and_stderr(x_BJ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _moments(
-    scored_NL: torch.Tensor,
-    place_NL: torch.Tensor,
-    counters: tuple,
+    scored_NL: Tensor,
+    place_NL: Tensor,
+    counters: Counters,
     num_draws: int,
     num_steps: int | None,
-    block_length,
-):
+    block_length: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """A moment of each row's plan, drawn as the sampler draws it: see `RevealPlan.moment`.
 
     Draw j of a row lies in the j-th of `num_draws` equal parts of time; from row to row it walks through that part by
@@ -329,7 +335,16 @@ def _moments(
     return RevealPlan(u_NL, scored_NL, num_steps, block_length).moment(v_N1, u_picked_N1)
 
 
-def _weigh(model, x0_NL, attention_mask, moments, candidates, counters, energy_batch_size=None, process=None):
+def _weigh(
+    model: Any,
+    x0_NL: Tensor,
+    attention_mask: Tensor | None,
+    moments: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int | None],
+    candidates: tuple[Columns, Tensor],
+    counters: Counters,
+    energy_batch_size: int | None = None,
+    process: LogitsProcess | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """log mu_i(x0_i | xt) where something is masked, (N, L); log weights of the data's candidate (N, G) and of
     proposals (N, H, K).
 
@@ -342,21 +357,23 @@ def _weigh(model, x0_NL, attention_mask, moments, candidates, counters, energy_b
     filled_NL = (hidden_NL if is_x0 else shown_NL) & active_N[:, None]
     xt_NL = x0_NL.masked_fill(hidden_NL.to(device), model.config.mask_token_id)
     step_N = None if num_steps is None else ((1 - t_N) * num_steps).round().long().to(device)
-    times = (x.float().to(device) for x in (t_N, s_N))
-    state = State(xt_NL, attention_mask, step_N, *times, (seed, PROPOSE, row_N, draw_N), process)
+    now_N, next_N = (x.float().to(device) for x in (t_N, s_N))
+    state = State(xt_NL, attention_mask, step_N, now_N, next_N, (seed, PROPOSE, row_N, draw_N), process)
     proposal = propose(model, state, filled_NL, columns, shown_NL, x0_NL, hidden_NL)
     log_w_NX = torch.zeros(N, len(columns.shown_K), dtype=torch.float64)
     if len(rows_A := active_N.nonzero()[:, 0]):
         on_A = rows_A.to(device)
         chosen = proposal.x_NKL[on_A], proposal.log_mu_NK[on_A]
         log_w_NX[rows_A] = -weigh(model, state.rows(rows_A), *chosen, energy_batch_size)[0].cpu().double()
-    log_v_NG, is_data_X = log_w_NX[:, data_G], columns.given_K.cpu()
+    log_v_NG, is_data_X = log_w_NX[:, data_G], columns.given_K.cpu()  # type: ignore[union-attr]
     H = len(data_G) if bool((columns.shown_K != columns.rest_K).any()) else 1
     log_w_NHK = log_w_NX[:, ~is_data_X].reshape(N, H, int((~is_data_X).sum()) // H)
     return proposal.log_given_NL.double().cpu(), log_v_NG, log_w_NHK
 
 
-def _scored(model, input_ids, attention_mask, prompt_mask) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _scored(
+    model: Any, input_ids: Tensor, attention_mask: Tensor | None, prompt_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Which positions are scored, (B, L) bool on the CPU, and the attention mask, None where nothing is padded."""
     check_prompt(input_ids, model.config.vocab_size)
     if (input_ids == model.config.mask_token_id).any():
@@ -379,7 +396,9 @@ def _scored(model, input_ids, attention_mask, prompt_mask) -> tuple[torch.Tensor
     return scored_BL, None if attention_mask is None or attention_mask.all() else attention_mask
 
 
-def _check(model, estimator: str, config, settings, num_samples: int, num_times: int) -> None:
+def _check(
+    model: Any, estimator: str, config: EDLMGenerationConfig, settings: Settings, num_samples: int, num_times: int
+) -> None:
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator must be one of {ESTIMATORS}, got {estimator!r}")
     if estimator == "paper" and model.config.energy_target != "x0":

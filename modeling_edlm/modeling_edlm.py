@@ -3,12 +3,14 @@
 Shapes: N rows, K candidates, L length, V vocabulary, M selected positions (flat indices into N * L).
 """
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, Self, cast
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
@@ -36,27 +38,28 @@ class EDLMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _no_split_modules = ["Block"]
+    to: Callable[..., Self]  # type: ignore[assignment]  # the library's has lost its type
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         initialize(module, self.config.initializer_range)
 
     @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Self | Any:
         """As in the library, but a folder that lacks weights is an error and not a random network."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = cast(Any, super().from_pretrained(*args, output_loading_info=True, **kwargs))
         if missing := sorted(info["missing_keys"]):
             names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise ValueError(f"{args[0] if args else 'the checkpoint'} lacks {len(missing)} weights: {names}")
         return (model, info) if output_loading_info else model
 
-    def noise(self, t, like: torch.Tensor) -> torch.Tensor | None:
+    def noise(self, t: Tensor | float | None, like: Tensor) -> Tensor | None:
         """What the network is told of the time: None without time conditioning, else (N,)."""
         if not self.config.time_conditioning:
             return None
         if t is None:
             raise ValueError("t must be given to a model with time_conditioning=True, got None")
-        if not isinstance(t, torch.Tensor):  # filled there: a copy would wait for the device
+        if not isinstance(t, Tensor):  # filled there: a copy would wait for the device
             t = torch.full((), t, dtype=torch.float32, device=like.device)
         return conditioning(t.to(like.device, torch.float32).expand(like.shape[0]))
 
@@ -69,7 +72,7 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMi
     _keys_to_ignore_on_load_unexpected = [r"^energy_model\."]
     energy_type, scorer = "none", None
 
-    def __init__(self, config: EDLMConfig):
+    def __init__(self, config: EDLMConfig) -> None:
         _check_architecture(config, "EDLMForMaskedLM", "EDLMModel")
         if config.energy_type != "none" or config.energy_config is not None:
             config = config.for_denoiser()
@@ -82,18 +85,24 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMi
     def denoiser(self) -> "EDLMForMaskedLM":
         return self
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.backbone.embedding
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.backbone.embedding = value
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> nn.Linear:
         return self.head.linear
 
     @can_return_tuple
     def forward(
-        self, input_ids, attention_mask=None, t=None, positions=None, position_ids=None, labels=None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        t: Tensor | float | None = None,
+        positions: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> MaskedLMOutput:
         """Raw logits of the clean token at every position.
 
@@ -113,7 +122,14 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMi
             loss = nn.functional.nll_loss(log_p.view(-1, log_p.shape[-1]), labels)
         return MaskedLMOutput(loss=loss, logits=logits)
 
-    def encode(self, xt_NL, t=None, attention_mask=None, position_ids=None, where_NL=None):
+    def encode(
+        self,
+        xt_NL: Tensor,
+        t: Tensor | float | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        where_NL: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         """The last hidden states (N, L, D), where they are needed, and the conditioning: what `head` projects from."""
         noise_N = self.noise(t, xt_NL)
         if not self.config.prepend_bos:
@@ -126,13 +142,22 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMi
         hidden, cond = self.backbone(xt_NL, noise_N, attention_mask, position_ids, where_NL=where_NL)
         return hidden[:, 1:], cond
 
-    def logit_chunks(self, xt_NL, where_NL, t=None, attention_mask=None):
+    def logit_chunks(
+        self, xt_NL: Tensor, where_NL: Tensor, t: Tensor | float | None = None, attention_mask: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         encoded = self.encode(xt_NL, t, attention_mask, where_NL=where_NL)
         for chunk_M in position_chunks(where_NL.flatten().nonzero()[:, 0], self.config.vocab_size):
             chunk_M = chunk_M.to(xt_NL.device, non_blocking=True)
             yield chunk_M, suppress(self.head(*encoded, chunk_M), self.config.mask_token_id)
 
-    def draw_chunks(self, xt_NL, where_NL, uniforms_at, t=None, attention_mask=None):
+    def draw_chunks(
+        self,
+        xt_NL: Tensor,
+        where_NL: Tensor,
+        uniforms_at: Callable[[Tensor], Tensor],
+        t: Tensor | float | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         if not self.head.is_large:
             yield from super().draw_chunks(xt_NL, where_NL, uniforms_at, t, attention_mask)
             return
@@ -147,7 +172,7 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMi
         )
         yield where_M, *drawn
 
-    def log_p_x0(self, xt, t=None, attention_mask=None) -> torch.Tensor:
+    def log_p_x0(self, xt: Tensor, t: Tensor | float | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """SUBS log-probabilities (N, L, V), float32: no mass on the mask token, unmasked tokens carry over.
 
         Source: the SUBS parameterization of MDLM, arXiv 2406.07524.
@@ -167,34 +192,34 @@ class EDLMForCausalLM(EDLMPreTrainedModel, GenerationMixin):
     base_model_prefix = "energy_model"
     _keys_to_ignore_on_load_unexpected = [r"^denoiser\."]
 
-    def __init__(self, config: EDLMConfig):
+    def __init__(self, config: EDLMConfig) -> None:
         config = _energy_part(config, ("ar", "coar"), "EDLMForCausalLM")
         super().__init__(config)
         self.backbone = Backbone(config, is_causal=True)
         self.head = Head(config, config.vocab_size)
         self.post_init()
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.backbone.embedding
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.backbone.embedding = value
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> nn.Linear:
         return self.head.linear
 
     @can_return_tuple
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        cache=None,
-        use_cache=None,
-        labels=None,
-        positions=None,
-        logits_to_keep=0,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        use_cache: bool | None = None,
+        labels: Tensor | None = None,
+        positions: Tensor | None = None,
+        logits_to_keep: int = 0,
     ) -> CausalLMOutputWithPast:
         """Raw logits (N, L, V) of the next token; `positions` (M,), flat, or `logits_to_keep` project fewer rows.
 
@@ -215,22 +240,28 @@ class EDLMForCausalLM(EDLMPreTrainedModel, GenerationMixin):
         if labels is not None:
             log_p = log_probs(logits[:, :-1], self.config.mask_token_id)
             loss = nn.functional.nll_loss(log_p.flatten(0, 1), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})  # type: ignore[arg-type]
 
-    def encode(self, input_ids, attention_mask=None, position_ids=None, cache=None):
+    def encode(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         """The last hidden states (N, L, D) and the conditioning, from which `head` projects what is needed."""
         return self.backbone(input_ids, None, attention_mask, position_ids, cache)
 
-    def generate(self, *args, **kwargs):
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The library's autoregressive generation; no text holds the mask token, and the BOS starts it."""
         kwargs["suppress_tokens"] = [self.config.mask_token_id, *(kwargs.get("suppress_tokens") or [])]
         return super().generate(*args, **{"bos_token_id": self.config.bos_token_id} | kwargs)
 
-    def adjust_generation_fn(self, *args, **kwargs):
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """Called by `from_pretrained`. The library would put the custom_generate/ of the repo, which is the sampler for
         masked models, in place of `generate()`; it does so only where remote code is trusted.
         """
-        super().adjust_generation_fn(*args, **kwargs | {"trust_remote_code": False})
+        super().adjust_generation_fn(*args, **kwargs | {"trust_remote_code": False})  # type: ignore[misc]
 
 
 class EDLMEnergyModel(EDLMPreTrainedModel):
@@ -239,20 +270,20 @@ class EDLMEnergyModel(EDLMPreTrainedModel):
     base_model_prefix = "energy_model"
     _keys_to_ignore_on_load_unexpected = [r"^denoiser\."]
 
-    def __init__(self, config: EDLMConfig, backbone: Backbone | None = None):
+    def __init__(self, config: EDLMConfig, backbone: Backbone | None = None) -> None:
         config = _energy_part(config, ("nce",), "EDLMEnergyModel")
         super().__init__(config)
         self.network = EnergyNetwork(config, _keep(backbone))
         self.post_init()
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.network.backbone.embedding
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.network.backbone.embedding = value
 
     @classmethod
-    def from_denoiser(cls, denoiser: EDLMForMaskedLM, share_weights: bool = False, **changes) -> "EDLMEnergyModel":
+    def from_denoiser(cls, denoiser: EDLMForMaskedLM, share_weights: bool = False, **changes: Any) -> "EDLMEnergyModel":
         """A fresh energy that starts from the denoiser's blocks.
 
         Args:
@@ -288,7 +319,9 @@ class EDLMEnergyModel(EDLMPreTrainedModel):
         return model.to(denoiser.device, denoiser.dtype)
 
     @classmethod
-    def from_adapter(cls, denoiser: EDLMForMaskedLM, path: str, merge: bool = False, **where) -> "EDLMEnergyModel":
+    def from_adapter(
+        cls, denoiser: EDLMForMaskedLM, path: str | Path, merge: bool = False, **where: Any
+    ) -> "EDLMEnergyModel":
         """The energy of an adapter over this denoiser, which stays as it is.
 
         Args:
@@ -304,14 +337,20 @@ class EDLMEnergyModel(EDLMPreTrainedModel):
         energy = adapted.merge_and_unload() if merge else adapted.get_base_model()
         return energy.to(denoiser.device, denoiser.dtype).eval()
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in the library, for a network with weights of its own."""
         if any(".modules_to_save." in name for name, _ in self.named_parameters(remove_duplicate=False)):
             raise ValueError("this energy is an adapter: save the EDLMModel that has it, or merge it (from_adapter)")
         super().save_pretrained(*args, **kwargs)
 
     @can_return_tuple
-    def forward(self, input_ids, xt=None, t=None, attention_mask=None) -> SequenceClassifierOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        xt: Tensor | None = None,
+        t: Tensor | float | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> SequenceClassifierOutput:
         """Energies of candidates.
 
         Args:
@@ -331,8 +370,12 @@ class EDLMModel(EDLMPreTrainedModel, EnergyMixin, EDLMGenerationMixin, EDLMLikel
 
     base_model_prefix = "denoiser"
     generation_config_class = EDLMGenerationConfig
+    denoiser: EDLMForMaskedLM
+    energy_model: PreTrainedModel | None
 
-    def __init__(self, config: EDLMConfig, denoiser=None, energy_model=None):
+    def __init__(
+        self, config: EDLMConfig, denoiser: EDLMForMaskedLM | None = None, energy_model: PreTrainedModel | None = None
+    ) -> None:
         _check_architecture(config, "EDLMModel", "EDLMForMaskedLM")
         if config.energy_type != "none" and config.energy_config is None:
             config.energy_config = {}  # says that the weights of config are those of a whole EDLM
@@ -346,7 +389,7 @@ class EDLMModel(EDLMPreTrainedModel, EnergyMixin, EDLMGenerationMixin, EDLMLikel
         if config.energy_type == "none" or config.energy_adapter is not None:  # an adapter is loaded when its base is
             return None
         if config.energy_is_foreign:
-            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.energy_config))
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.energy_config))  # type: ignore[arg-type]
         return (EDLMEnergyModel if config.energy_type == "nce" else EDLMForCausalLM)(config)
 
     @classmethod
@@ -380,14 +423,14 @@ class EDLMModel(EDLMPreTrainedModel, EnergyMixin, EDLMGenerationMixin, EDLMLikel
                     if value != fields[name] and not name.startswith("energy_")
                 }
             }
-        if is_nce:
+        if isinstance(energy, EDLMEnergyModel):
             changes |= {name: own[name] for name in ("energy_target", "energy_pooling", "energy_num_layers")}
             is_adapter = energy.network.backbone.embedding.weight is denoiser.backbone.embedding.weight
-            changes |= {"energy_adapter": ADAPTER_FOLDER if is_adapter else None}
+            changes |= {"energy_adapter": ADAPTER_FOLDER if is_adapter else None}  # type: ignore[dict-item]
         config = EDLMConfig(**fields | {"energy_type": energy_type} | changes)
         return cls(config, denoiser=denoiser, energy_model=energy)
 
-    def load_energy(self, path: str, **where) -> "EDLMModel":
+    def load_energy(self, path: str | Path, **where: Any) -> "EDLMModel":
         """Take the NCE energy of a folder or Hub repo in place of this model's own, and return this model.
 
         Args:
@@ -406,14 +449,16 @@ class EDLMModel(EDLMPreTrainedModel, EnergyMixin, EDLMGenerationMixin, EDLMLikel
         self.energy_model = energy
         return self
 
-    def load_adapter(self, peft_model_id, *args, adapter_kwargs=None, **kwargs):
+    def load_adapter(
+        self, peft_model_id: str | Path, *args: Any, adapter_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> SimpleNamespace:
         """Called by `from_pretrained` for the folder or repo of an adapter, when its base is loaded."""
         self.load_energy(peft_model_id, **{k: v for k, v in (adapter_kwargs or {}).items() if k in WHERE})
-        info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        info: dict = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         return SimpleNamespace(to_dict=lambda: info)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Self | Any:
         """As in the library; an energy that is an adapter is loaded over the denoiser it lies beside."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -423,7 +468,7 @@ class EDLMModel(EDLMPreTrainedModel, EnergyMixin, EDLMGenerationMixin, EDLMLikel
             model.load_energy(pretrained_model_name_or_path, **where)
         return loaded
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """As in the library; an adapter goes into a folder of its own, and the shared blocks are written once."""
         if self.config.energy_adapter is not None:
             if kwargs.get("push_to_hub"):
@@ -442,25 +487,25 @@ class EDLMModel(EDLMPreTrainedModel, EnergyMixin, EDLMGenerationMixin, EDLMLikel
         """What the sampler knows of the energy; None without one."""
         return network_energy(self.energy_type, self.energy_model, self.config.mask_token_id)
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.denoiser.get_input_embeddings()
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.denoiser.set_input_embeddings(value)
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> nn.Linear:
         return self.denoiser.get_output_embeddings()
 
-    def forward(self, *args, **kwargs) -> MaskedLMOutput:
+    def forward(self, *args: Any, **kwargs: Any) -> MaskedLMOutput:
         """The denoiser's forward pass."""
         return self.denoiser(*args, **kwargs)
 
-    def log_p_x0(self, xt, t=None, attention_mask=None) -> torch.Tensor:
+    def log_p_x0(self, xt: Tensor, t: Tensor | float | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """SUBS log-probabilities (N, L, V) of the denoiser, float32."""
         return self.denoiser.log_p_x0(xt, t, attention_mask)
 
 
-def _keep(part: nn.Module | None) -> nn.Module | None:
+def _keep(part: Any) -> Any:
     """A part that has its weights: `post_init` would draw new ones for layers that PEFT or the user put there."""
     for module in part.modules() if part is not None else ():
         module._is_hf_initialized = True

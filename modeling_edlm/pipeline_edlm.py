@@ -1,6 +1,7 @@
 """`pipeline("text-generation", model=..., trust_remote_code=True)` with the sampler of EDLM."""
 
 import copy
+from typing import Any
 
 import torch
 from transformers import TextGenerationPipeline
@@ -22,23 +23,25 @@ class EDLMTextGenerationPipeline(TextGenerationPipeline):
     # The library would put defaults of autoregressive decoding, such as 256 new tokens, before the checkpoint's own.
     _pipeline_calls_generate = False
     prefix = assistant_model = assistant_tokenizer = None
+    model: Any
+    tokenizer: Any
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.tokenizer.pad_token_id is None:  # batches need one, and what stands in the padding is never looked at
             self.tokenizer = copy.deepcopy(self.tokenizer)
             self.tokenizer.pad_token = self.tokenizer.mask_token
 
-    def check_model_type(self, supported_models):
+    def check_model_type(self, supported_models: list[str] | dict) -> None:
         """The library's table of models has none of ours."""
 
-    def _sanitize_parameters(self, stop_sequence=None, handle_long_generation=None, **kwargs):
+    def _sanitize_parameters(self, stop_sequence: Any = None, handle_long_generation: Any = None, **kwargs: Any) -> Any:
         for name, value in (("stop_sequence", stop_sequence), ("handle_long_generation", handle_long_generation)):
             if value is not None:
                 raise ValueError(f"{name} is of autoregressive decoding and has no meaning here, got {value!r}")
         return super()._sanitize_parameters(**kwargs)
 
-    def _forward(self, model_inputs, prefix_length=0, **generate_kwargs):
+    def _forward(self, model_inputs: dict[str, Any], prefix_length: int = 0, **generate_kwargs: Any) -> dict[str, Any]:
         input_ids, attention_mask = model_inputs["input_ids"], model_inputs.get("attention_mask")
         if input_ids.shape[1] == 0:
             input_ids = attention_mask = None
@@ -55,7 +58,7 @@ class EDLMTextGenerationPipeline(TextGenerationPipeline):
             **fields,
         }
 
-    def postprocess(self, model_outputs, **kwargs):
+    def postprocess(self, model_outputs: dict[str, Any], **kwargs: Any) -> list[dict[str, Any]]:
         names = ("generated_sequence", "input_ids", "prompt_text")
         parts = {name: model_outputs[name] for name in names}
         mask, prompt = self.tokenizer.mask_token, parts["prompt_text"]

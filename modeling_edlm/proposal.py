@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from .draws import draw, uniforms
 
@@ -19,12 +20,14 @@ class Columns:
     numbers are equal draws. given_K: bool, which ones are given their tokens at the positions shown; None: none.
     """
 
-    shown_K: torch.Tensor
-    rest_K: torch.Tensor
-    given_K: torch.Tensor | None = None
+    shown_K: Tensor
+    rest_K: Tensor
+    given_K: Tensor | None = None
 
     @classmethod
-    def independent(cls, K: int, device=None, shared: bool = False, first_given: bool = False) -> "Columns":
+    def independent(
+        cls, K: int, device: torch.device | None = None, shared: bool = False, first_given: bool = False
+    ) -> "Columns":
         """K draws, of which `shared` have one and the same rest; the first may be given instead."""
         draw_K = torch.arange(K, device=device)
         return cls(draw_K, 0 * draw_K if shared else draw_K, draw_K == 0 if first_given else None)
@@ -35,19 +38,19 @@ class Proposal:
     """x (N, K, L), the state with K candidates in place; log mu of each, (N, K) float32; and log mu of the given tokens
     where that was asked for, (N, L), zero elsewhere."""
 
-    x_NKL: torch.Tensor
-    log_mu_NK: torch.Tensor
-    log_given_NL: torch.Tensor
+    x_NKL: Tensor
+    log_mu_NK: Tensor
+    log_given_NL: Tensor
 
 
-def own_positions(like_NL: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+def own_positions(like_NL: Tensor, attention_mask: Tensor | None) -> Tensor:
     """The place of each token in its own text, (N, L): what is drawn for it must not depend on the padding."""
     if attention_mask is None:
         return torch.arange(like_NL.shape[1], device=like_NL.device).expand_as(like_NL)
     return (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
 
 
-def only_best(logits_MV: torch.Tensor) -> torch.Tensor:
+def only_best(logits_MV: Tensor) -> Tensor:
     """Logits that leave the most likely token of each row."""
     best_M1 = logits_MV.argmax(-1, keepdim=True)
     return torch.full_like(logits_MV, -torch.inf).scatter(-1, best_M1, logits_MV.gather(-1, best_M1))
@@ -57,8 +60,8 @@ class ProposalMixin:
     """`propose()` for a denoiser, which has a method `logit_chunks`."""
 
     def logit_chunks(
-        self, xt_NL: torch.Tensor, where_NL: torch.Tensor, t=None, attention_mask: torch.Tensor | None = None
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        self, xt_NL: Tensor, where_NL: Tensor, t: Tensor | float | None = None, attention_mask: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields flat positions (M,) and their logits (M, V), float32 and -inf for the mask token.
 
         Together they are all of `where_NL`, bool and on the CPU so that the device is not waited for; there are as many
@@ -66,7 +69,14 @@ class ProposalMixin:
         """
         raise NotImplementedError
 
-    def draw_chunks(self, xt_NL, where_NL, uniforms_at: Callable, t=None, attention_mask=None):
+    def draw_chunks(
+        self,
+        xt_NL: Tensor,
+        where_NL: Tensor,
+        uniforms_at: Callable[[Tensor], Tensor],
+        t: Tensor | float | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yields flat positions (M,), what is drawn there (M, K), and its log mu (M, K); together all of `where_NL`.
         `uniforms_at` gives the uniforms (M, K) of flat positions.
         """
@@ -76,16 +86,16 @@ class ProposalMixin:
     @torch.no_grad()
     def propose(
         self,
-        xt_NL: torch.Tensor,
-        where_NL: torch.Tensor,
+        xt_NL: Tensor,
+        where_NL: Tensor,
         columns: int | Columns,
-        counters: tuple[torch.Tensor | int, ...],
-        t=None,
-        attention_mask: torch.Tensor | None = None,
-        process: Callable | None = None,
-        shown_NL: torch.Tensor | None = None,
-        given_NL: torch.Tensor | None = None,
-        scored_NL: torch.Tensor | None = None,
+        counters: tuple[Tensor | int, ...],
+        t: Tensor | float | None = None,
+        attention_mask: Tensor | None = None,
+        process: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
+        shown_NL: Tensor | None = None,
+        given_NL: Tensor | None = None,
+        scored_NL: Tensor | None = None,
     ) -> Proposal:
         """K independent draws from mu(. | xt) at `where`, all from one pass; only positions in question are projected.
 
@@ -104,17 +114,17 @@ class ProposalMixin:
         K = len(columns.shown_K)
         position_P = own_positions(xt_NL, attention_mask).flatten()  # P = N * L
         shown_P = None if shown_NL is None else shown_NL.to(device, non_blocking=True).flatten()
-        seed, *others = (c.to(device)[:, None] if isinstance(c, torch.Tensor) else c for c in counters)
+        seed, *others = (c.to(device)[:, None] if isinstance(c, Tensor) else c for c in counters)
 
-        def uniforms_at(chunk_M):
+        def uniforms_at(chunk_M: Tensor) -> Tensor:
             draw_MK = columns.shown_K
             if shown_P is not None and columns.shown_K is not columns.rest_K:
                 draw_MK = torch.where(shown_P[chunk_M, None], columns.shown_K, columns.rest_K)
             row_M = chunk_M // L
-            now = (c[row_M] if isinstance(c, torch.Tensor) else c for c in others)
-            return uniforms(seed, *now, position_P[chunk_M, None], draw_MK)
+            now = (c[row_M] if isinstance(c, Tensor) else c for c in others)
+            return uniforms(seed, *now, position_P[chunk_M, None], draw_MK)  # type: ignore[arg-type]
 
-        def all_draws():
+        def all_draws() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             if process is None and given_NL is None:
                 yield from self.draw_chunks(xt_NL, where_NL, uniforms_at, t, attention_mask)
                 return
@@ -139,7 +149,7 @@ class ProposalMixin:
             is_given_P = where_NL.to(device, non_blocking=True).flatten()
             is_given_P = is_given_P if shown_P is None else is_given_P & shown_P
             is_given_PK = is_given_P[:, None] & columns.given_K
-            x_PK = torch.where(is_given_PK, given_NL.flatten()[:, None], x_PK)
+            x_PK = torch.where(is_given_PK, given_NL.flatten()[:, None], x_PK)  # type: ignore[union-attr]
             log_mu_PK = torch.where(is_given_PK, log_given_P[:, None], log_mu_PK)
         # summed row by row, not scattered with atomics: the same seed gives the same bits
         x_NKL, log_mu_NK = x_PK.view(N, L, K).transpose(1, 2), log_mu_PK.view(N, L, K).sum(1)

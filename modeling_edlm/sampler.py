@@ -7,12 +7,14 @@ Shapes: B rows of the output, N rows stepped now, K candidates, L length, T step
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from .backbone import rows_at_once, suppress
@@ -29,45 +31,53 @@ class State:
     """The rows stepped now: xt and attention mask (N, L), the step and its times t > s, each a number or (N,), and the
     counters of the uniforms; see `ProposalMixin.propose`."""
 
-    xt_NL: torch.Tensor
-    attention_mask: torch.Tensor | None
-    step: int | torch.Tensor
-    t: float | torch.Tensor
-    s: float | torch.Tensor
-    counters: tuple
+    xt_NL: Tensor
+    attention_mask: Tensor | None
+    step: int | Tensor | None
+    t: float | Tensor
+    s: float | Tensor
+    counters: tuple[Tensor | int, ...]
     process: "LogitsProcess | None" = None
 
-    def rows(self, on_A: torch.Tensor) -> "State":
+    def rows(self, on_A: Tensor) -> "State":
         """Some of these rows."""
         parts = (self.xt_NL, self.attention_mask, self.step, self.t, self.s)
-        parts = [x[on_A.to(x.device)] if isinstance(x, torch.Tensor) and x.ndim else x for x in parts]
-        counters = tuple(c[on_A.to(c.device)] if isinstance(c, torch.Tensor) else c for c in self.counters)
+        parts = [x[on_A.to(x.device)] if isinstance(x, Tensor) and x.ndim else x for x in parts]  # type: ignore[assignment]
+        counters = tuple(c[on_A.to(c.device)] if isinstance(c, Tensor) else c for c in self.counters)
         return State(*parts, counters, self.process)
 
 
 def propose(
-    model, state: State, where_NL: torch.Tensor, columns: Columns, shown_NL=None, given_NL=None, scored_NL=None
+    model: Any,
+    state: State,
+    where_NL: Tensor,
+    columns: Columns,
+    shown_NL: Tensor | None = None,
+    given_NL: Tensor | None = None,
+    scored_NL: Tensor | None = None,
 ) -> Proposal:
     """The candidates of a step: see `ProposalMixin.propose`."""
     process = None
     if state.process is not None:
 
-        def process(row_M, states_ML, logits_MV, positions_M):
-            step = state.step[row_M] if isinstance(state.step, torch.Tensor) else state.step
-            return state.process(step, states_ML, logits_MV, positions_M)
+        def process(row_M: Tensor, states_ML: Tensor, logits_MV: Tensor, positions_M: Tensor) -> Tensor:
+            step = state.step[row_M] if isinstance(state.step, Tensor) else state.step
+            return state.process(step, states_ML, logits_MV, positions_M)  # type: ignore[misc]
 
     rest = state.t, state.attention_mask, process, shown_NL, given_NL, scored_NL
     return model.denoiser.propose(state.xt_NL, where_NL, columns, state.counters, *rest)
 
 
-def weigh(model, state: State, x_NKL, log_mu_NK, batch_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def weigh(
+    model: Any, state: State, x_NKL: Tensor, log_mu_NK: Tensor, batch_size: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Energies (N, K) of candidates, and how many different ones there were of each row, (N,)."""
     at_a_time = batch_size or rows_at_once(model.scorer.network, x_NKL.shape[-1])
     time = model.scorer.time(state.t, state.s)
     return candidate_energies(model.energy, x_NKL, state.xt_NL, time, log_mu_NK, state.attention_mask, at_a_time)
 
 
-def energy_acts(config, t):
+def energy_acts(config: Any, t: Tensor | float) -> Tensor | bool:
     """Whether it does at time t, a number or (N,)."""
     hi, lo = config.energy_window
     return (lo - 1e-9 <= t) & (t <= hi + 1e-9)
@@ -76,7 +86,7 @@ def energy_acts(config, t):
 class Run:
     """The canvas of one call, the counters of its draws, and what is counted while it is filled and revised."""
 
-    def __init__(self, xt_BL, attention_mask, seed: int, first_row: int, num_steps: int):
+    def __init__(self, xt_BL: Tensor, attention_mask: Tensor | None, seed: int, first_row: int, num_steps: int):
         (B, L), device = xt_BL.shape, xt_BL.device
         self.xt_BL, self.attention_mask, self.seed, self.first_row = xt_BL, attention_mask, seed, first_row
         self.row_B1 = torch.arange(first_row, first_row + B)[:, None]
@@ -86,11 +96,22 @@ class Run:
         self.energies_BT, self.ess_BT = torch.full((2, B, num_steps), float("nan"), device=device)
         self.health = Health(num_steps, device)
 
-    def state(self, xt_NL, on_N, step: int, t, s: float, process) -> State:
+    def state(
+        self, xt_NL: Tensor, on_N: Tensor, step: int, t: Tensor | float, s: float, process: "LogitsProcess | None"
+    ) -> State:
         mask_NL = None if self.attention_mask is None else self.attention_mask[on_N]
         return State(xt_NL, mask_NL, step, t, s, (self.seed, on_N + self.first_row, step), process)
 
-    def keep(self, on_N, step: int, x_NKL, energy_NK, scored_N, energy_temperature: float, watch):
+    def keep(
+        self,
+        on_N: Tensor,
+        step: int,
+        x_NKL: Tensor,
+        energy_NK: Tensor,
+        scored_N: Tensor,
+        energy_temperature: float,
+        watch: Any,
+    ) -> tuple[Tensor, Tensor]:
         """One candidate (N, L) of each row by its energy, and which of the K it is (N,)."""
         u_N = uniforms(self.seed, on_N + self.first_row, step, CHOICE, 0)
         kept_N, ess_N = choose(energy_NK, energy_temperature, u_N)
@@ -102,7 +123,7 @@ class Run:
         return x_NKL[n, kept_N], kept_N
 
 
-def denoise(model, run: Run, config, process, watch) -> None:
+def denoise(model: Any, run: Run, config: Any, process: "LogitsProcess | None", watch: Any) -> None:
     """The sampling loop, over a plan that is drawn first, on the CPU."""
     xt_BL, T, device = run.xt_BL, config.num_steps, run.xt_BL.device
     u_BL = uniforms(run.seed, run.row_B1, REVEAL, run.place_BL, 0)
@@ -133,7 +154,7 @@ def denoise(model, run: Run, config, process, watch) -> None:
             break
 
 
-def revise(model, run: Run, config, process, watch, rounds: range) -> None:
+def revise(model: Any, run: Run, config: Any, process: "LogitsProcess | None", watch: Any, rounds: range) -> None:
     """Rounds of the corrector: the present tokens of a random set against draws for it, chosen between by energy.
 
     Iterated sampling importance resampling (Andrieu, Lee and Vihola 2018, arXiv 1312.5301). The set depends on no
@@ -179,7 +200,7 @@ def revise(model, run: Run, config, process, watch, rounds: range) -> None:
             break
 
 
-def tempered(energy_NK: torch.Tensor, log_mu_NK: torch.Tensor, temperature: float) -> torch.Tensor:
+def tempered(energy_NK: Tensor, log_mu_NK: Tensor, temperature: float) -> Tensor:
     """Energies under which mu exp(-E) becomes its power of 1 / temperature; -inf where the proposal gives nothing."""
     if temperature == 1:
         return energy_NK
@@ -187,7 +208,7 @@ def tempered(energy_NK: torch.Tensor, log_mu_NK: torch.Tensor, temperature: floa
     return energy_NK.masked_fill(log_mu_NK == -torch.inf, -torch.inf)
 
 
-def stay_if_stuck(energy_NK: torch.Tensor) -> torch.Tensor:
+def stay_if_stuck(energy_NK: Tensor) -> Tensor:
     """Energies by which a row keeps its present text, the first candidate, where there is no other choice: the proposal
     cannot give it (top_k or top_p cut it away, its weight is infinite), or no candidate has any weight.
     """
@@ -208,7 +229,7 @@ class LogitsProcess:
         self.wanted = [inspect.signature(processor).parameters.keys() for processor in processors]
 
     @classmethod
-    def of(cls, config, logits_processor, mask_token_id: int) -> "LogitsProcess | None":
+    def of(cls, config: Any, logits_processor: list[Callable] | None, mask_token_id: int) -> "LogitsProcess | None":
         processors = list(LogitsProcessorList(logits_processor or ()))
         if config.do_sample:
             processors += [TemperatureLogitsWarper(float(config.temperature))] if config.temperature != 1 else []
@@ -216,9 +237,9 @@ class LogitsProcess:
             processors += [TopPLogitsWarper(float(config.top_p))] if config.top_p not in (None, 1) else []
         return cls(processors, config.do_sample, mask_token_id) if processors or not config.do_sample else None
 
-    def __call__(self, step: int | torch.Tensor, states_ML, logits_MV, positions_M) -> torch.Tensor:
+    def __call__(self, step: int | Tensor | None, states_ML: Tensor, logits_MV: Tensor, positions_M: Tensor) -> Tensor:
         """Logits (M, V) at a step, or each at its own, (M,)."""
-        if isinstance(step, torch.Tensor) and any("cur_step" in wanted for wanted in self.wanted):
+        if isinstance(step, Tensor) and any("cur_step" in wanted for wanted in self.wanted):
             changed_MV = torch.empty_like(logits_MV)
             for now in step.unique().tolist():
                 at_M = step == now
@@ -239,18 +260,18 @@ class Health:
         self.num_steps = num_steps
         self.first = {name: torch.full((), num_steps, device=device) for name in ("logits", "energies")}
 
-    def note(self, name: str, is_bad: torch.Tensor, step: int) -> None:
+    def note(self, name: str, is_bad: Tensor, step: int) -> None:
         self.first[name] = torch.where(is_bad, self.first[name].clamp(max=step), self.first[name])
 
     def check(self) -> None:
-        for name, step in self.first.items():
-            if (step := int(step)) < self.num_steps:
+        for name, first in self.first.items():
+            if (step := int(first)) < self.num_steps:
                 what = "NaN" if name == "logits" else "NaN, or no finite value for any candidate of a row"
                 raise FloatingPointError(f"{name} hold {what}, first at step {step} of {self.num_steps}")
 
 
 @contextmanager
-def in_eval_mode(model: torch.nn.Module):
+def in_eval_mode(model: Any) -> Iterator[None]:
     """Dropout off, and every module's own flag back at the end."""
     training = [module for module in model.modules() if module.training]
     for module in training:

@@ -5,29 +5,30 @@ Shapes: B batch, L length.
 """
 
 import torch
+from torch import Tensor
 
 
-def alpha(t: torch.Tensor) -> torch.Tensor:
+def alpha(t: Tensor) -> Tensor:
     """Probability that a token is clean at time t, the log-linear schedule of MDLM (arXiv 2406.07524): 1 - t."""
     return 1.0 - t
 
 
-def time_at(alpha_t: torch.Tensor) -> torch.Tensor:
+def time_at(alpha_t: Tensor) -> Tensor:
     """The time at which `alpha` has this value."""
     return 1.0 - alpha_t
 
 
-def conditioning(t: torch.Tensor) -> torch.Tensor:
+def conditioning(t: Tensor) -> Tensor:
     """What a time-conditioned network is fed for t: the total noise of MDLM, finite at t=1."""
     return -torch.log1p(-(1 - 1e-3) * t)
 
 
-def times(num_steps: int) -> torch.Tensor:
+def times(num_steps: int) -> Tensor:
     """The grid t_0 = 1 > ... > t_T = 0, shape (num_steps + 1,), float64."""
     return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
 
 
-def antithetic_times(u: torch.Tensor, batch_size: int) -> torch.Tensor:
+def antithetic_times(u: Tensor, batch_size: int) -> Tensor:
     """One t for each row, one in each of `batch_size` equal strata of (0, 1]: lowers the variance of the loss.
 
     Args:
@@ -38,7 +39,7 @@ def antithetic_times(u: torch.Tensor, batch_size: int) -> torch.Tensor:
     return 1 - (torch.arange(batch_size, device=u.device) / batch_size + u) % 1
 
 
-def q_sample(x0_BL: torch.Tensor, t_B: torch.Tensor, u_BL: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+def q_sample(x0_BL: Tensor, t_B: Tensor, u_BL: Tensor, mask_token_id: int) -> Tensor:
     """Draw xt ~ q(xt | x0): a token is kept with probability alpha(t), else it becomes the mask token.
 
     Args:
@@ -47,7 +48,7 @@ def q_sample(x0_BL: torch.Tensor, t_B: torch.Tensor, u_BL: torch.Tensor, mask_to
     return torch.where(u_BL < alpha(t_B)[:, None], x0_BL, mask_token_id)
 
 
-def reveal_steps(v_BL: torch.Tensor, num_steps: int) -> torch.Tensor:
+def reveal_steps(v_BL: Tensor, num_steps: int) -> Tensor:
     """The step in which the time 1 - v lies: P(step = i) = alpha(t_{i+1}) - alpha(t_i) for a uniform v in [0, 1)."""
     alpha_s_T = alpha(times(num_steps)[1:]).to(v_BL)
     return torch.searchsorted(alpha_s_T, v_BL, right=True).clamp_(max=num_steps - 1)
@@ -71,9 +72,7 @@ class RevealPlan:
         v_BL: 1 - the time at which a free position is revealed. step_BL: its step in [0, T), -1 where nothing is free.
     """
 
-    def __init__(
-        self, u_BL: torch.Tensor, free_BL: torch.Tensor, num_steps: int | None, block_length: int | None = None
-    ):
+    def __init__(self, u_BL: Tensor, free_BL: Tensor, num_steps: int | None, block_length: int | None = None):
         self.free_BL, self.num_steps, self.block_length = free_BL, num_steps, block_length
         self.v_BL = u_BL
         if block_length is not None:
@@ -86,25 +85,23 @@ class RevealPlan:
             self.step_BL = reveal_steps(self.v_BL, self.num_steps).masked_fill(~self.free_BL, -1)
 
     @property
-    def num_free_B1(self) -> torch.Tensor:
+    def num_free_B1(self) -> Tensor:
         return self.free_BL.sum(-1, keepdim=True)
 
-    def block(self, rank_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def block(self, rank_BL: Tensor) -> tuple[Tensor, Tensor]:
         """First rank and number of the free positions in the block of each rank, counted over the free positions."""
         if self.block_length is None:
             return torch.zeros_like(rank_BL), self.num_free_B1.expand_as(rank_BL)
         start_BL = rank_BL.div(self.block_length, rounding_mode="floor") * self.block_length
         return start_BL, (self.num_free_B1 - start_BL).clamp(max=self.block_length)
 
-    def sets(
-        self, step: int | torch.Tensor, rows_N: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def sets(self, step: int | Tensor, rows_N: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(N, L) bool: what is masked before a step (an integer, or (N, 1)), what is still masked after it, and what it
         reveals."""
         step_NL = self.step_BL if rows_N is None else self.step_BL[rows_N]
         return step_NL >= step, step_NL > step, step_NL == step
 
-    def moment(self, v_B1: torch.Tensor, u_B1: torch.Tensor):
+    def moment(self, v_B1: Tensor, u_B1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The state just before a random free position is revealed, at time 1 - v: where the plan had another time for
         it, it is changed.
 
@@ -130,7 +127,7 @@ class RevealPlan:
         return grid[step_B1[:, 0]], grid[step_B1[:, 0] + 1], hidden_BL, shown_BL, alike_BL
 
 
-def revision_set(u_BL: torch.Tensor, free_BL: torch.Tensor, size: int) -> torch.Tensor:
+def revision_set(u_BL: Tensor, free_BL: Tensor, size: int) -> Tensor:
     """(B, L) bool: `size` of the free positions of each row, all of them where there are fewer; every set of this size
     is as likely as any other.
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .backbone import linear, pad_rows
 
@@ -21,8 +21,8 @@ GATHERED = defaultdict(lambda: 2**26, cpu=2**20)  # weights of pieces at a time:
 
 
 def draw_projected(
-    hidden_MD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor, banned: int, u_MK: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor, banned: int, u_MK: Tensor
+) -> tuple[Tensor, Tensor]:
     """K independent draws of each row by inverse CDF, what `sampler.draw` does with the logits.
 
     Args:
@@ -32,12 +32,10 @@ def draw_projected(
     """
     parts = zip(hidden_MD.split(ROWS), u_MK.split(ROWS), strict=True)
     drawn = [_draw(hidden_RD, weight_VD, bias_V, banned, u_RK) for hidden_RD, u_RK in parts]
-    return tuple(torch.cat(results) for results in zip(*drawn, strict=True))
+    return tuple(torch.cat(results) for results in zip(*drawn, strict=True))  # type: ignore[return-value]
 
 
-def log_prob_projected(
-    hidden_MD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor, banned: int, x_M: torch.Tensor
-) -> torch.Tensor:
+def log_prob_projected(hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor, banned: int, x_M: Tensor) -> Tensor:
     """log-probability of a token in each row, (M,) float32."""
     log_p = []
     for hidden_RD, x_R in zip(hidden_MD.split(ROWS), x_M.split(ROWS), strict=True):
@@ -51,7 +49,7 @@ def log_prob_projected(
     return torch.cat(log_p)
 
 
-def blocks(hidden_MD, weight_VD, bias_V, banned: int) -> Iterator[tuple[int, torch.Tensor]]:
+def blocks(hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor, banned: int) -> Iterator[tuple[int, Tensor]]:
     """Yields the first token of each block and its logits (M, W), float32, to be overwritten at will."""
     M = len(hidden_MD)
     width = max(1024, BLOCK[hidden_MD.device.type] // max(1, M) // PIECE * PIECE)
@@ -63,11 +61,11 @@ def blocks(hidden_MD, weight_VD, bias_V, banned: int) -> Iterator[tuple[int, tor
         yield start, logits_MW
 
 
-def project(hidden_MD: torch.Tensor, weight_WD: torch.Tensor, bias_W: torch.Tensor) -> torch.Tensor:
+def project(hidden_MD: Tensor, weight_WD: Tensor, bias_W: Tensor) -> Tensor:
     return linear(hidden_MD, weight_WD, bias_W).float()
 
 
-def _draw(hidden_MD, weight_VD, bias_V, banned, u_MK):
+def _draw(hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor, banned: int, u_MK: Tensor) -> tuple[Tensor, Tensor]:
     (V, D), dtype = weight_VD.shape, u_MK.dtype
     tops, sums = [], []
     for _, logits_MW in blocks(hidden_MD, weight_VD, bias_V, banned):

@@ -48,6 +48,28 @@ def test_the_bound_of_a_bert(kind):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("target", ["x0", "xs"])
+def test_a_function_is_given_what_the_denoiser_says(target):
+    """`energy()` itself finds log mu of the tokens that a candidate adds to its state."""
+    seen = []
+
+    def function(x, xt, t, attention_mask, log_mu):
+        seen.append(log_mu)
+        return table_energy(x, xt, t, attention_mask, log_mu)
+
+    model = ForeignModel(make_bert(std=0.4), energy=function, energy_target=target)
+    xt = torch.tensor([[MASK, 1, MASK]]).expand(2, -1)
+    x = torch.tensor([[0, 1, 2], [2, 1, 0]] if target == "x0" else [[0, 1, MASK], [MASK, 1, 0]])
+    t = torch.tensor(0.5)
+    energy = model.energy(x, xt, t)
+    log_p_NLV = model.log_p_x0(xt)
+    added = [[(n, i, int(x[n, i])) for i in (0, 2) if x[n, i] != MASK] for n in range(2)]
+    expected = torch.stack([sum(log_p_NLV[place] for place in places) for places in added])
+    torch.testing.assert_close(seen[0], expected)
+    torch.testing.assert_close(energy, table_energy(x, xt, t, None, expected))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(("energy_type", "target"), [("ar", "x0"), ("nce", "xs")])
 def test_parts_of_an_edlm_have_its_bound(energy_type, target):
     toy = make_toy(energy_type, target)

@@ -95,7 +95,9 @@ def everything(repo: str, light: str, bert: str, sample: dict, x: list, xt: list
     other = Bert.from_pretrained(bert).generate(xt, **energy_by_name, **one(sample), **CODE)
     return result | {
         "transformers": transformers.__version__,
-        "lacks": sorted({"accelerate", "peft", "edlm"} - {package.name.lower() for package in distributions()}),
+        "lacks": sorted(
+            {"accelerate", "peft", "modeling-edlm"} - {package.name.lower() for package in distributions()}
+        ),
         "config": {name: getattr(config, name) for name in ("model_type", "vocab_size", "energy_type", "auto_map")},
         "generation_config": [model.generation_config.num_steps, defaults.num_steps, list(defaults.energy_window)],
         "text": tokenizer.decode(tokenizer("The  City, in 1902").input_ids),
