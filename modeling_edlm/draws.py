@@ -67,16 +67,27 @@ def _look_up_in_blocks(p_MV: Tensor, u_MK: Tensor, width: int = 64) -> Tensor:
     return (block_MK * width + inside_MK1[..., 0]).clamp_(max=V - 1)
 
 
-def choose(energy_NK: Tensor, temperature: float, u_N: Tensor) -> tuple[Tensor, Tensor]:
+def choose(energy_NK: Tensor, temperature: float, u_N: Tensor, is_move: bool = False) -> tuple[Tensor, Tensor]:
     """Keep one of K candidates with probability proportional to w = exp(-E / temperature) (EDLM, Algorithm 1).
 
+    Args:
+        is_move: the first candidate is the present state, and the others are chosen more often than in proportion:
+            another with w_j / (sum w - min(w_j, w_0)). This leaves the same law as it is and stays less often
+            (Metropolised Gibbs sampling, Liu 1996, Biometrika 83); with K = 2 it is Metropolis and Hastings' rule.
     Returns:
         the index kept (N,) int64 and the effective sample size (sum w)^2 / sum w^2 (N,), between 1 and K. Rows
         without a single finite weight give NaN for the latter.
     """
     log_w_NK = -energy_NK.to(u_N.dtype) / temperature
-    choice_N1, _ = draw(log_w_NK, u_N[:, None])
+    choice_N1, _ = draw(_moves(log_w_NK) if is_move else log_w_NK, u_N[:, None])
     return choice_N1[:, 0], effective_sample_size(log_w_NK).float()
+
+
+def _moves(log_w_NK: Tensor) -> Tensor:
+    p_NK = log_w_NK.softmax(-1)
+    move_NK = p_NK / (1 - torch.minimum(p_NK, p_NK[:, :1]))
+    move_NK[:, 0] = (1 - move_NK[:, 1:].sum(-1)).clamp(min=0)
+    return move_NK.log()
 
 
 def effective_sample_size(log_w_NK: Tensor) -> Tensor:

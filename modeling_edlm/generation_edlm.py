@@ -39,11 +39,10 @@ class EDLMGenerationConfig(GenerationConfig):
             random order; give a multiple of their number as num_steps, or some steps will belong to two. None: one
             block, all of it in a random order.
         corrector_steps: rounds of revision after the last step. A round masks a random set of positions that are not
-            given, proposes for it, and chooses between the present text and the proposals by the energy. With an AR
+            given, proposes for it, and moves from the present text to a proposal, or stays, by the energy. With an AR
             energy it leaves p_AR(text | what is given) as it is, whatever the size, candidates and proposal, so that
-            more rounds bring the text closer to it (Andrieu, Lee and Vihola 2018, iterated sampling importance
-            resampling). Other energies, or another energy_temperature than 1, have no such law: each round is then a
-            step of its own.
+            more rounds bring the text closer to it (Metropolised Gibbs sampling among the candidates, Liu 1996). Other
+            energies, or another energy_temperature than 1, have no such law: each round is then a step of its own.
         corrector_size: positions masked in a round; all where fewer are free.
         corrector_candidates: candidates of a round, the present text among them; with 1 nothing is revised. None is
             num_candidates, so that num_candidates=1 is plain masked diffusion, whatever the rest.

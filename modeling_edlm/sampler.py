@@ -111,10 +111,11 @@ class Run:
         scored_N: Tensor,
         energy_temperature: float,
         watch: Any,
+        is_move: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """One candidate (N, L) of each row by its energy, and which of the K it is (N,)."""
         u_N = uniforms(self.seed, on_N + self.first_row, step, CHOICE, 0)
-        kept_N, ess_N = choose(energy_NK, energy_temperature, u_N)
+        kept_N, ess_N = choose(energy_NK, energy_temperature, u_N, is_move)
         n = torch.arange(len(on_N), device=on_N.device)
         self.energies_BT[on_N, step], self.ess_BT[on_N, step] = energy_NK[n, kept_N], ess_N
         self.energy_nfe_B[on_N] += scored_N
@@ -157,8 +158,9 @@ def denoise(model: Any, run: Run, config: Any, process: "LogitsProcess | None", 
 def revise(model: Any, run: Run, config: Any, process: "LogitsProcess | None", watch: Any, rounds: range) -> None:
     """Rounds of the corrector: the present tokens of a random set against draws for it, chosen between by energy.
 
-    Iterated sampling importance resampling (Andrieu, Lee and Vihola 2018, arXiv 1312.5301). The set depends on no
-    token value; of an energy of the text the present one's part is known from the round before.
+    Iterated sampling importance resampling (Andrieu, Lee and Vihola 2018, arXiv 1312.5301), which stays where it is
+    less often by Liu's rule, see `choose`. The set depends on no token value; of an energy of the text the present
+    one's part is known from the round before.
     """
     xt_BL, device = run.xt_BL, run.xt_BL.device
     free_BL, K = watch.free_BL.cpu(), config.corrector_candidates or config.num_candidates
@@ -189,7 +191,7 @@ def revise(model: Any, run: Run, config: Any, process: "LogitsProcess | None", w
                 energy_NK, scored_N = weigh(model, state, x_NKL, log_mu_NK, config.energy_batch_size)
                 energy_NK = tempered(energy_NK, log_mu_NK, config.corrector_temperature)
             energy_NK = stay_if_stuck(energy_NK)
-            x_NL, kept_N = run.keep(on_N, step, x_NKL, energy_NK, scored_N, config.energy_temperature, watch)
+            x_NL, kept_N = run.keep(on_N, step, x_NKL, energy_NK, scored_N, config.energy_temperature, watch, True)
             if model.scorer.is_of_text:
                 part_B[on_N] = part_NK.gather(1, kept_N[:, None])[:, 0]
             xt_BL[on_N] = x_NL

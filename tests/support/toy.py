@@ -227,7 +227,8 @@ def subsets(items) -> list[tuple]:
 def revision_kernel(model, size: int, k: int, free: tuple, rows: list[tuple]) -> torch.Tensor:
     """(C, C) probabilities of one round of the corrector between texts, by the integral of `law_p_k`.
 
-    From x the round goes to y by one of k - 1 draws, against x and k - 2 others, or keeps x against k - 1.
+    From x the round goes to y by one of k - 1 draws, with its weight over the larger of its and x's and the k - 2
+    others, or stays (Metropolised Gibbs sampling).
     """
     index = {x: i for i, x in enumerate(rows)}
     kernel = torch.zeros(len(rows), len(rows), dtype=torch.float64)
@@ -240,11 +241,11 @@ def revision_kernel(model, size: int, k: int, free: tuple, rows: list[tuple]) ->
         w_C = torch.exp(-energy_C + energy_C.min())
         u = torch.arange(-60, 60 + float(energy_C.max() - energy_C.min()), 0.01, dtype=torch.float64)
         a, here = u.exp(), candidates.index(x)
-        decay_AC = torch.exp(-a[:, None] * w_C)
-        phi_A = decay_AC @ mu_C
-        p_C = (k - 1) * mu_C * w_C * ((a * phi_A ** (k - 2) * decay_AC[:, here])[:, None] * decay_AC).sum(0) * 0.01
-        p_C[here] += w_C[here] * (a * phi_A ** (k - 1) * decay_AC[:, here]).sum() * 0.01
+        phi_A = torch.exp(-a[:, None] * w_C) @ mu_C
+        larger_AC = torch.exp(-a[:, None] * w_C.clamp(min=float(w_C[here])))
+        p_C = (k - 1) * mu_C * w_C * ((a * phi_A ** (k - 2))[:, None] * larger_AC).sum(0) * 0.01
+        p_C[here] += 1 - p_C.sum()
+        assert p_C[here] >= -1e-6
         for y, p in zip(candidates, p_C, strict=True):
             kernel[index[x], index[y]] += p / len(sets)
-    assert float((kernel.sum(1) - 1).abs().max()) < 1e-6
     return kernel
