@@ -42,7 +42,8 @@ class EDLMGenerationConfig(GenerationConfig):
             given, proposes for it, and moves from the present text to a proposal, or stays, by the energy. With an AR
             energy it leaves p_AR(text | what is given) as it is, whatever the size, candidates and proposal, so that
             more rounds bring the text closer to it (Metropolised Gibbs sampling among the candidates, Liu 1996). Other
-            energies, or another energy_temperature than 1, have no such law: each round is then a step of its own.
+            energies, or another energy_temperature than 1, have no such law: each round is then a step of its own, and
+            without an energy, which the denoiser alone is, one of mu to the power of 1 / corrector_temperature.
         corrector_size: positions masked in a round; all where fewer are free.
         corrector_candidates: candidates of a round, the present text among them; with 1 nothing is revised. None is
             num_candidates, so that num_candidates=1 is plain masked diffusion, whatever the rest.
@@ -280,12 +281,10 @@ class EDLMGenerationMixin:
         Returns:
             sequences (B * num_return_sequences, L), or an `EDLMGenerationOutput`; its T is the number of rounds.
         Raises:
-            ValueError: an argument that does not exist or does not fit, named with its value; no energy to revise by.
+            ValueError: an argument that does not exist or does not fit, named with its value.
             FloatingPointError: a network gave NaN.
         """
         config = prepare_config(self, generation_config, kwargs)
-        if self.scorer is None:
-            raise ValueError("revise() needs an energy, this model has energy_type='none'")
         _check_count("corrector_steps", config.corrector_steps)
         check_prompt(input_ids, self.config.vocab_size)
         if (input_ids == self.config.mask_token_id).any():
@@ -319,7 +318,7 @@ class EDLMGenerationMixin:
 
     def _revises(self, config: EDLMGenerationConfig) -> bool:
         k = config.corrector_candidates or config.num_candidates
-        return self.scorer is not None and config.do_sample and k > 1
+        return config.do_sample and k > 1
 
     def _canvas(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, config: EDLMGenerationConfig, batch_size: int

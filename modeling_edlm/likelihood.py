@@ -405,7 +405,7 @@ def _check(
         raise ValueError(f"estimator='paper' needs energy_target='x0', got {model.config.energy_target!r}")
     if estimator == "paper" and config.block_length is not None:
         raise ValueError(f"estimator='paper' has no blocks, got block_length={config.block_length}")
-    if estimator == "sampler" and config.corrector_steps and config.num_candidates > 1 and model.scorer is not None:
+    if estimator == "sampler" and config.corrector_steps and config.num_candidates > 1:
         raise ValueError(
             f"corrector_steps={config.corrector_steps}: a revised text has no bound, for its last round could have "
             "come from many others; give corrector_steps=0 for that of the text before it is revised"

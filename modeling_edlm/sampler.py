@@ -71,7 +71,9 @@ def propose(
 def weigh(
     model: Any, state: State, x_NKL: Tensor, log_mu_NK: Tensor, batch_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Energies (N, K) of candidates, and how many different ones there were of each row, (N,)."""
+    """Energies (N, K) of candidates, and how many of each row were scored, (N,): equal ones once."""
+    if model.scorer is None:
+        return torch.zeros_like(log_mu_NK), torch.zeros(len(x_NKL), dtype=torch.int64, device=x_NKL.device)
     at_a_time = batch_size or rows_at_once(model.scorer.network, x_NKL.shape[-1])
     time = model.scorer.time(state.t, state.s)
     return candidate_energies(model.energy, x_NKL, state.xt_NL, time, log_mu_NK, state.attention_mask, at_a_time)
@@ -167,6 +169,7 @@ def revise(model: Any, run: Run, config: Any, process: "LogitsProcess | None", w
     columns = Columns.independent(K, device, first_given=True)
     part_B = torch.full((len(xt_BL),), float("nan"), device=device)  # of the present texts
     rows_at_a_time = config.denoiser_batch_size or rows_at_once(model.denoiser, xt_BL.shape[1])
+    is_of_text = model.scorer is not None and model.scorer.is_of_text
 
     for step in rounds:
         u_BL = uniforms(run.seed, run.row_B1, step, run.place_BL, SET)
@@ -181,7 +184,7 @@ def revise(model: Any, run: Run, config: Any, process: "LogitsProcess | None", w
             proposal = propose(model, state, set_NL, columns, given_NL=present_NL)
             run.health.note("logits", proposal.log_mu_NK.isnan().any(), step)
             x_NKL, log_mu_NK = proposal.x_NKL, proposal.log_mu_NK
-            if model.scorer.is_of_text:
+            if is_of_text:
                 known = 0 if step == rounds.start else 1
                 nothing_NK = torch.zeros_like(log_mu_NK[:, known:])
                 part_NK, scored_N = weigh(model, state, x_NKL[:, known:], nothing_NK, config.energy_batch_size)
@@ -192,7 +195,7 @@ def revise(model: Any, run: Run, config: Any, process: "LogitsProcess | None", w
                 energy_NK = tempered(energy_NK, log_mu_NK, config.corrector_temperature)
             energy_NK = stay_if_stuck(energy_NK)
             x_NL, kept_N = run.keep(on_N, step, x_NKL, energy_NK, scored_N, config.energy_temperature, watch, True)
-            if model.scorer.is_of_text:
+            if is_of_text:
                 part_B[on_N] = part_NK.gather(1, kept_N[:, None])[:, 0]
             xt_BL[on_N] = x_NL
             run.nfe_B[on_N] += 1

@@ -55,7 +55,7 @@ class Tempered:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
-@pytest.mark.parametrize("energy", ["ar", "coar", "nce"])
+@pytest.mark.parametrize("energy", ["ar", "coar", "nce", "none"])
 def test_law_of_a_round_at_a_temperature(energy, temperature):
     """p_AR to the power of 1 / temperature stays as it is; and so it does over rounds, with the part carried over."""
     model = make_toy(energy)
@@ -138,7 +138,7 @@ def test_generate_goes_on_with_rounds():
     assert int(in_rounds.max()) == 3
 
 
-def test_nothing_changes_without_candidates_or_an_energy():
+def test_nothing_changes_without_candidates():
     model = make_toy("ar")
     texts = torch.tensor(TEXTS)
     assert torch.equal(model.revise(texts, corrector_steps=5, corrector_candidates=1, seed=0), texts)
@@ -148,9 +148,10 @@ def test_nothing_changes_without_candidates_or_an_energy():
     assert int(output.nfe.sum() + output.energy_nfe.sum()) == 0
     assert output.acceptance.isnan().all()
     plain = {"batch_size": 50, "num_steps": 3, "seed": 1}
-    mdlm = model.denoiser.generate(**plain, corrector_steps=7)
-    assert torch.equal(mdlm, model.generate(**plain, num_candidates=1, corrector_steps=7))
+    mdlm = model.generate(**plain, num_candidates=1, corrector_steps=7)
     assert torch.equal(mdlm, EDLMForMaskedLM.generate(model.denoiser, **plain))
+    alone = model.denoiser.generate(**plain, num_candidates=2, corrector_steps=7, return_dict_in_generate=True)
+    assert not torch.equal(mdlm, alone.sequences) and not alone.energy_nfe.any()  # by the denoiser alone
 
 
 def test_the_same_rows_in_any_batch():
@@ -197,5 +198,3 @@ def test_bad_input(changes, message):
     model = make_toy("ar")
     with pytest.raises(ValueError, match=message):
         model.revise(**{"input_ids": torch.tensor([[0, 2, 1]]), "corrector_steps": 2} | changes)
-    with pytest.raises(ValueError, match="needs an energy"):
-        model.denoiser.revise(torch.tensor([[0, 2, 1]]), corrector_steps=2)

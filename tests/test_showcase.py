@@ -77,6 +77,8 @@ def test_three_samplers_side_by_side(folder, tmp_path):
         assert row["judge"]["mean"] == pytest.approx(
             sum(row["per_sample"]["bits"]) / sum(row["per_sample"]["characters"])
         )
+    assert list(results["samplers"]) == ["AR", "MDLM", "MDLM, revised", "EDLM"]
+    assert results["samplers"]["MDLM, revised"]["passes"] == pytest.approx(8 + 4 * 3, abs=3)  # rounds for energy passes
     mdlm, edlm = (results["samplers"][sampler]["judge"] for sampler in ("MDLM", "EDLM"))
     assert results["lead"]["mean"] == pytest.approx(mdlm["mean"] - edlm["mean"])
     assert tokenizer.mask_token_id == 2047

@@ -4,8 +4,10 @@
         --runs "denoiser=runs/stories/denoiser,step=runs/stories/step"
 
 Texts of the autoregressive model, of MDLM and of EDLM with the folder's defaults, at one temperature; MDLM has as many
-passes as EDLM, or as many as it can use: free ones, continued prompts, and a filled gap. Runs are added to those that
-the file has already, part by part. A chart of the runs, if there are any, lies beside it.
+passes as EDLM, or as many as it can use: free ones, continued prompts, and a filled gap. Of free texts the judge also
+reads those of MDLM with rounds of revision: EDLM's steps and rounds without its energy, and with the passes of the
+energy as further rounds. Runs are added to those that the file has already, part by part. A chart of the runs, if there
+are any, lies beside it.
 """
 
 import time
@@ -62,13 +64,14 @@ PROMPTS = (
     "The big bear was sad because",
 )
 ENERGIES = ("step",)
+REVISED = "MDLM, revised"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 DEFAULTS = ("num_steps", "num_candidates", "energy_window", "corrector_steps", "corrector_size", "temperature")
 DEFAULTS += ("corrector_temperature",)
 
 
 class Writer:
-    """The three samplers of a folder."""
+    """The samplers of a folder."""
 
     def __init__(self, arguments: ShowcaseArguments):
         self.model = EDLMModel.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).eval()
@@ -82,6 +85,19 @@ class Writer:
         begun = time.perf_counter()
         if sampler == "AR":
             x_BL, passes_B = self.continue_left(start, size), torch.full((size,), blanks)
+        elif sampler == REVISED:
+            k = (
+                defaults.corrector_candidates or defaults.num_candidates
+            )  # a round takes 1 + (k - 1) passes with an energy
+            output = self.model.denoiser.generate(
+                torch.tensor([start]),
+                generation_config=defaults,
+                num_return_sequences=size,
+                seed=self.seed,
+                corrector_steps=defaults.corrector_steps * k,
+                return_dict_in_generate=True,
+            )
+            x_BL, passes_B = output.sequences, output.nfe
         else:
             of_mdlm = {"num_steps": steps_of_mdlm(self.model, blanks, defaults.num_steps), "num_candidates": 1}
             settings = of_mdlm if sampler == "MDLM" else {}
@@ -209,17 +225,23 @@ def main(argv: list[str] | None = None) -> None:
         tasks[prompt] = ids + [writer.mask] * (writer.longest // 2 - len(ids))
     tasks[GAP] = with_blanks(GAP, tokenizer, writer.mask, writer.longest)
     texts, samplers = [], {}
-    with tqdm(total=3 * len(tasks), unit="text") as bar:
+    with tqdm(total=3 * len(tasks) + 1, unit="text") as bar:
         for task, start in tasks.items():
-            for sampler in ("AR", "MDLM", "EDLM"):
+            for sampler in ("AR", "MDLM", REVISED, "EDLM"):
+                if sampler == REVISED and (task != "free" or not writer.model.generation_config.corrector_steps):
+                    continue
                 size = arguments.num_samples if task == "free" else 1
                 found = writer.write(sampler, start, size)
                 shown = range(arguments.num_shown if task == "free" else 1)
                 facts = {"task": task, "sampler": sampler, "seconds": found["seconds"] / size}
-                texts += [
-                    facts | {"row": i, "passes": found["passes"][i], "text": text(found["ids"][i], writer)}
-                    for i in shown
-                ]
+                texts += (
+                    []
+                    if sampler == REVISED
+                    else [
+                        facts | {"row": i, "passes": found["passes"][i], "text": text(found["ids"][i], writer)}
+                        for i in shown
+                    ]
+                )
                 if task == "free":
                     samplers[sampler] = measured(writer, found, start)
                 bar.update()
@@ -240,6 +262,7 @@ def main(argv: list[str] | None = None) -> None:
         "defaults": {name: getattr(defaults, name) for name in DEFAULTS},
         "samplers": samplers,
         "lead": lead(samplers["MDLM"], samplers["EDLM"]),
+        "lead_of_energy": lead(samplers[REVISED], samplers["EDLM"]) if REVISED in samplers else None,
         "texts": texts,
         "training": add_runs(earlier.get("training", {}), arguments),
     }
