@@ -91,7 +91,8 @@ def test_defaults_are_the_setting_that_was_measured_best(model):
     defaults = model.generation_config
     assert [defaults.num_steps, defaults.num_candidates] == [chosen["num_steps"], chosen["num_candidates"]]
     assert list(defaults.energy_window) == chosen["window"] and defaults.shared_completion
-    assert [defaults.corrector_steps, defaults.corrector_size] == chosen["corrector"]
+    corrector = [defaults.corrector_steps, defaults.corrector_size, defaults.corrector_temperature]
+    assert corrector == chosen["corrector"] and defaults.temperature == chosen["temperature"]
 
 
 def test_the_readme_shows_what_the_demo_prints():

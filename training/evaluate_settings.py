@@ -198,6 +198,11 @@ def samples(model: EDLMModel, judge: Judge, setting: dict, size: int, arguments)
     }
 
 
+def steps_of_mdlm(passes: float, length: int) -> int:
+    """At which MDLM is expected to take as many passes: a step that reveals none of `length` tokens costs nothing."""
+    return min(range(1, 8 * length), key=lambda T: abs(T * (1 - (1 - 1 / T) ** length) - passes))
+
+
 def entropies(x_BL: torch.Tensor, eos: int | None) -> list[float]:
     """Of each text up to its end, of its own token frequencies, in nats."""
     ends_BL = before_end(x_BL, eos)
@@ -329,8 +334,8 @@ def main(argv: list[str] | None = None) -> None:
     best = chosen(rows, arguments.passes, arguments.tolerance)
     temperatures = []
     for other in arguments.listed("temperatures", float) if best else ():
-        passes = round(best["samples"]["passes"])
-        plain = {"energy": None, "num_steps": passes, "num_candidates": 1, "window": None, "temperature": other}
+        steps = steps_of_mdlm(best["samples"]["passes"], length)
+        plain = {"energy": None, "num_steps": steps, "num_candidates": 1, "window": None, "temperature": other}
         size = arguments.frontier_samples or arguments.num_samples
         temperatures += [sampled(plain, size), sampled(best | {"temperature": other}, size)]
     recorded = {"out", "num_threads", "from_json"}

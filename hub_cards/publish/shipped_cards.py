@@ -20,7 +20,7 @@ RESULTS = HUB_CARDS / "results"
 BASE, STORIES = WHOLE = "edlm-wiki27", "edlm-stories"  # with a denoiser of their own; the others are energies of BASE
 # The files that the numbers of a card come from; they are published with it.
 SHIPPED = {
-    "edlm-stories": ("edlm-stories.json", "settings-stories.json", "edlm-stories-seed-4.json"),
+    "edlm-stories": ("edlm-stories.json", "settings-stories.json", "edlm-stories-seed-6.json"),
     "edlm-wiki27": ("edlm-wiki27.json", "likelihood-wiki27.json", "denoiser-from-scratch.jsonl"),
     "edlm-wiki27-step": ("edlm-wiki27-step.jsonl", "likelihood-wiki27.json"),
     "edlm-wiki27-light": ("edlm-wiki27-light.jsonl", "likelihood-wiki27-light.json"),
@@ -188,7 +188,7 @@ def stories_card(names: Names) -> Card:
         "training": training,
         "hours": sum(run["minutes"] for runs in training.values() for run in runs) / 60,
         "texts": texts,
-        "fresh": {name: fresh[name] for name in ("num_samples", "seed", "samplers", "lead")}
+        "fresh": {name: fresh[name] for name in ("num_samples", "seed", "samplers", "lead", "lead_of_energy")}
         | {"file": names.link(fresh_file)},
         "files": names.link(results_file),
         "settings": settings_facts(settings)
