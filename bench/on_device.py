@@ -391,7 +391,7 @@ class Checks:
         with ExitStack() as patches:
             for module, function, *names in (
                 (proposal, "draw", "logits", "u", "x", "log_mu"),
-                (sampler, "choose", "energies", "tau", "u_choice", "kept", "ess"),
+                (sampler, "choose", "energies", "tau", "u_choice", "is_move", "kept", "ess"),
                 (draws, "draw", "log_w", "u_choice", "kept", "log_p_kept"),
             ):
                 watcher = watched(getattr(module, function), *names)

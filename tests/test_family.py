@@ -181,7 +181,7 @@ def test_a_script_is_told_once_and_saves(tmp_path):
     character_tokenizer(model_max_length=32).save_pretrained(tmp_path / "tokenizer")
     options = {k: v for k, v in TINY.items() if k in pretrain.PretrainArguments.__dataclass_fields__}
     options |= {"data": DATA, "tokenizer": str(tmp_path / "tokenizer"), "output_dir": str(tmp_path / "run")}
-    code = f"from training.stages import run_script\nrun_script('pretrain', {options | {'max_steps': 10**6}!r})"
+    code = f"from training.common.stages import run_script\nrun_script('pretrain', {options | {'max_steps': 10**6}!r})"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") > 3):
