@@ -314,6 +314,8 @@ def test_what_has_no_bound_is_refused():
     with pytest.raises(ValueError, match="corrector_steps=3"):
         model.likelihood(TEXTS[:1])
     assert model.likelihood(TEXTS[:1], num_candidates=1, num_times=2).nll.isfinite().all()  # nothing is revised
+    with pytest.raises(ValueError, match="corrector_steps=2"):  # the denoiser alone revises too
+        model.denoiser.likelihood(TEXTS[:1], num_candidates=2, corrector_steps=2)
 
 
 @torch.no_grad()
