@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .backbone import position_chunks, suppress
-from .vocabulary import log_prob_projected
+from .backbone import position_chunks
+from .prefix_cache import PrefixCache, behind_bos, cache_argument, text_first, token_log_probs
 
 
 class Energy:
@@ -41,6 +41,10 @@ class Energy:
         """Which of the times of a step, of xt and of the next state, it is given."""
         return t if self.target == "x0" else s
 
+    def prefix_cache(self, plain: Callable[..., Tensor], tokens_B: Tensor, length: int) -> PrefixCache | None:
+        """What it can keep of the first tokens of B texts; None: nothing. See `PrefixCache`."""
+        return None
+
 
 class AutoregressiveEnergy(Energy):
     """E = log mu(x0 | xt) - log p_AR(x0), of a causal language model whose texts start with its BOS."""
@@ -60,6 +64,11 @@ class AutoregressiveEnergy(Energy):
         bos = self.network.config.get_text_config().bos_token_id
         where_NL = self.counted(xt_NL)
         return log_mu_N - causal_log_prob(self.network, x_NL, where_NL, bos, self.mask_token_id, attention_mask)
+
+    def prefix_cache(self, plain: Callable[..., Tensor], tokens_B: Tensor, length: int) -> PrefixCache | None:
+        if (name := cache_argument(self.network)) is None:
+            return None
+        return PrefixCache(self.network, name, self.counted, plain, self.mask_token_id, tokens_B, length)
 
 
 class CarryOverEnergy(AutoregressiveEnergy):
@@ -180,35 +189,16 @@ def causal_log_prob(
         (N,) float32.
     """
     if attention_mask is not None:  # the text first: what comes after it changes nothing in a causal model
-        order_NL = attention_mask.argsort(dim=-1, descending=True, stable=True)
+        order_NL = text_first(attention_mask)
         where_NL = attention_mask.bool() if where_NL is None else where_NL & attention_mask.bool()
         x0_NL, where_NL = x0_NL.gather(1, order_NL), where_NL.gather(1, order_NL)
-    inputs_NL = torch.cat((torch.full_like(x0_NL[:, :1], bos_token_id), x0_NL[:, :-1]), dim=1)
-    log_p_NL = torch.zeros(x0_NL.shape, device=x0_NL.device)
-    if causal_lm.config.model_type == "edlm":  # projects the positions that count and no others, some at a time
-        encoded, head = causal_lm.encode(inputs_NL), causal_lm.head
-        every_P = torch.arange(x0_NL.numel(), device=x0_NL.device)
-        where_M = every_P if where_NL is None else where_NL.flatten().nonzero()[:, 0]
-        for now_M in (where_M,) if head.is_large else position_chunks(where_M, causal_lm.config.vocab_size):
-            x0_M = x0_NL.flatten()[now_M]
-            if head.is_large:
-                projection = head.select(*encoded, now_M), head.linear.weight, head.linear.bias
-                log_p_M = log_prob_projected(*projection, mask_token_id, x0_M)
-            else:
-                logits_MV = suppress(head(*encoded, now_M), mask_token_id)
-                log_p_M = -nn.functional.cross_entropy(logits_MV, x0_M, reduction="none")
-            log_p_NL.view(-1)[now_M] = log_p_M
-        return log_p_NL.sum(-1)
+    inputs_NL, theirs = behind_bos(x0_NL, bos_token_id), causal_lm.config.get_text_config()
+    if causal_lm.config.model_type == "edlm":
+        return token_log_probs(causal_lm, inputs_NL, x0_NL, where_NL, mask_token_id).sum(-1)
     # a model of another library class gives the logits of whole rows, so some rows at a time
-    rows = position_chunks(torch.arange(len(x0_NL), device=x0_NL.device), x0_NL.shape[1] * causal_lm.config.vocab_size)
-    for now_R in rows:
-        logits_RLV = suppress(causal_lm(inputs_NL[now_R], use_cache=False).logits, mask_token_id)
-        is_counted_RL = torch.ones_like(x0_NL[now_R], dtype=torch.bool) if where_NL is None else where_NL[now_R]
-        log_p_NL[now_R] = log_p_NL[now_R].masked_scatter(
-            is_counted_RL,
-            -nn.functional.cross_entropy(logits_RLV[is_counted_RL], x0_NL[now_R][is_counted_RL], reduction="none"),
-        )
-    return log_p_NL.sum(-1)
+    rows = position_chunks(torch.arange(len(x0_NL), device=x0_NL.device), x0_NL.shape[1] * theirs.vocab_size)
+    parts = [(inputs_NL[now_R], x0_NL[now_R], None if where_NL is None else where_NL[now_R]) for now_R in rows]
+    return torch.cat([token_log_probs(causal_lm, *part, mask_token_id).sum(-1) for part in parts])
 
 
 def candidate_energies(
@@ -219,11 +209,12 @@ def candidate_energies(
     log_mu_NK: Tensor,
     attention_mask: Tensor | None = None,
     batch_size: int | None = None,
+    rows_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Energies (N, K) of K candidates for each row, and how many of these were scored, (N,): equal ones once.
 
     `energy` is a model's `energy(x, xt, t, attention_mask, log_mu)`; `batch_size` candidates go into one pass (None:
-    all); t is a scalar or (N,).
+    all); t is a scalar or (N,). A `PrefixCache` is told the numbers `rows_N` of the rows too.
     """
     N, K, _ = x_NKL.shape
     scored_S, which_P = distinct(x_NKL)  # P = N * K, the candidates of a row side by side
@@ -233,7 +224,8 @@ def candidate_energies(
         candidate, row = scored_S[now_S], row_S[now_S]
         mask = None if attention_mask is None else attention_mask[row]
         now_t = t[row] if isinstance(t, Tensor) and t.ndim else t
-        energies.append(energy(x_PL[candidate], xt_NL[row], now_t, mask, log_mu_P[candidate]))
+        numbers = () if rows_N is None else (rows_N[row],)
+        energies.append(energy(x_PL[candidate], xt_NL[row], now_t, mask, log_mu_P[candidate], *numbers))
     number_N = row_S.new_zeros(N).index_add_(0, row_S, torch.ones_like(row_S))
     return torch.cat(energies)[which_P].view(N, K), number_N
 

@@ -5,8 +5,9 @@ Shapes: B rows of the output, N rows stepped now, K candidates, L length, T step
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import torch
@@ -18,9 +19,21 @@ from transformers.utils import ModelOutput
 from .backbone import compiled, fixed_weights
 from .draws import uniforms
 from .energies import Energy
+from .proposal import ORDERS
 from .sampler import LogitsProcess, Run, denoise, in_eval_mode, revise
 
 REVISE = -4  # of the seed of `revise()`: what it draws has nothing to do with how the text was made
+SETS = ("random", "contiguous")  # of positions that a round of the corrector masks
+# arguments of other samplers, and what they are called here; None: there is no such thing
+PEERS = {
+    **dict.fromkeys(("steps", "diffusion_steps", "num_inference_steps", "timesteps", "sampling_steps"), "num_steps"),
+    **dict.fromkeys(("gen_length", "answer_length", "max_gen_length"), "max_new_tokens"),
+    **dict.fromkeys(("remasking", "alg", "remasking_strategy"), f"order, of {', '.join(ORDERS)}"),
+    **dict.fromkeys(("threshold", "conf_threshold"), "confidence_threshold, with order='confidence'"),
+    "block_size": "block_length",
+    "num_samples": "batch_size, or num_return_sequences with a prompt",
+    **dict.fromkeys(("alg_temp", "cfg_scale", "guidance_scale", "negative_prompt_ids"), None),
+}
 
 
 class EDLMGenerationConfig(GenerationConfig):
@@ -30,14 +43,21 @@ class EDLMGenerationConfig(GenerationConfig):
         max_new_tokens, max_length: length of what is generated, or of prompt and result together; give one at most.
         num_return_sequences: samples for each prompt.
         num_steps: denoising steps T.
-        num_candidates: candidates k that the energy chooses from; 1 is plain masked diffusion (MDLM).
-        energy_window: (hi, lo), the energy acts at steps whose time t lies in [lo, hi]; t=1 is all mask.
+        num_candidates: candidates k that the energy chooses from; 1 is plain masked diffusion (MDLM). Or pairs (t, k)
+            with falling t, k candidates from that time on and one before the first: [(0.4, 4), (0.15, 8)].
+        energy_window: (hi, lo), the energy acts at steps whose time t lies in [lo, hi]; t=1 is all mask. Not read where
+            num_candidates has times itself.
         shared_completion: whether the candidates of a step differ only in what the step reveals, and share one draw of
             the rest. An extension of the paper, for energies of x0: no candidate is kept for what is thrown away.
         energy_temperature: tau in the importance weights exp(-E / tau).
         block_length: reveal blocks of so many masked positions one after the other, from left to right, and each in a
             random order; give a multiple of their number as num_steps, or some steps will belong to two. None: one
             block, all of it in a random order.
+        order: "random"; or, within a block, first the positions whose mu_i, after every processor, has the largest
+            probability of one token ("confidence"), difference of its two largest ("margin") or least entropy
+            ("entropy"), in as equal numbers as the steps allow. These look at token values, so there is no bound.
+        confidence_threshold: with order="confidence", a step also reveals all that has at least this probability; what
+            is revealed early costs no step later (the parallel decoding of Fast-dLLM, arXiv 2505.22618).
         corrector_steps: rounds of revision after the last step. A round masks a random set of positions that are not
             given, proposes for it, and moves from the present text to a proposal, or stays, by the energy. With an AR
             energy it leaves p_AR(text | what is given) as it is, whatever the size, candidates and proposal, so that
@@ -45,8 +65,10 @@ class EDLMGenerationConfig(GenerationConfig):
             energies, or another energy_temperature than 1, have no such law: each round is then a step of its own, and
             without an energy, which the denoiser alone is, one of mu to the power of 1 / corrector_temperature.
         corrector_size: positions masked in a round; all where fewer are free.
+        corrector_sets: "random", or "contiguous" for positions side by side (among those that are free), of which an
+            AR energy reads only what comes after, over the keys and values of what comes before.
         corrector_candidates: candidates of a round, the present text among them; with 1 nothing is revised. None is
-            num_candidates, so that num_candidates=1 is plain masked diffusion, whatever the rest.
+            num_candidates (its largest), so that num_candidates=1 is plain masked diffusion, whatever the rest.
         corrector_temperature: of the law that the rounds go for, mu exp(-E) to the power of 1 / corrector_temperature:
             with an AR energy p_AR, which a round then leaves as it is to that power. Below 1: likelier texts.
         temperature, top_k, top_p: of the proposal's logits, in this order and after every `logits_processor`; the
@@ -57,6 +79,8 @@ class EDLMGenerationConfig(GenerationConfig):
             (None: the EOS), and a row is finished when nothing before that is masked. None: text of the full length.
         denoiser_batch_size, energy_batch_size: rows denoised, and candidates scored, in one pass; None is what keeps
             the device busy and fits into its free memory. They change speed and memory, and no result.
+        use_cache: keep the keys and values of an AR energy for the tokens that all candidates of a row have in common,
+            while they stay the same (at least 32). It changes speed and memory, and no result but by rounding.
         compile: run the blocks through `torch.compile`, on a GPU as CUDA graphs. The first calls at a length are slow.
         output_history: keep the state after every step.
         return_dict_in_generate: return an `EDLMGenerationOutput` and not just the sequences.
@@ -72,13 +96,16 @@ class EDLMGenerationConfig(GenerationConfig):
         self.max_length: int | None = kwargs.pop("max_length", None)
         self.num_return_sequences: int = kwargs.pop("num_return_sequences", 1)
         self.num_steps: int = kwargs.pop("num_steps", 128)
-        self.num_candidates: int = kwargs.pop("num_candidates", 8)
+        self.num_candidates: int | Sequence[tuple[float, int]] = kwargs.pop("num_candidates", 8)
         self.energy_window: tuple[float, float] = kwargs.pop("energy_window", (1.0, 0.8))
         self.shared_completion: bool = kwargs.pop("shared_completion", False)
         self.energy_temperature: float = kwargs.pop("energy_temperature", 1.0)
         self.block_length: int | None = kwargs.pop("block_length", None)
+        self.order: str = kwargs.pop("order", "random")
+        self.confidence_threshold: float | None = kwargs.pop("confidence_threshold", None)
         self.corrector_steps: int = kwargs.pop("corrector_steps", 0)
         self.corrector_size: int = kwargs.pop("corrector_size", 4)
+        self.corrector_sets: str = kwargs.pop("corrector_sets", "random")
         self.corrector_candidates: int | None = kwargs.pop("corrector_candidates", None)
         self.corrector_temperature: float = kwargs.pop("corrector_temperature", 1.0)
         self.temperature: float = kwargs.pop("temperature", 1.0)
@@ -87,6 +114,7 @@ class EDLMGenerationConfig(GenerationConfig):
         self.do_sample: bool = kwargs.pop("do_sample", True)
         self.denoiser_batch_size: int | None = kwargs.pop("denoiser_batch_size", None)
         self.energy_batch_size: int | None = kwargs.pop("energy_batch_size", None)
+        self.use_cache: bool = kwargs.pop("use_cache", True)
         self.compile: bool = kwargs.pop("compile", False)
         self.output_history: bool = kwargs.pop("output_history", False)
         self.return_dict_in_generate: bool = kwargs.pop("return_dict_in_generate", False)
@@ -98,12 +126,16 @@ class EDLMGenerationConfig(GenerationConfig):
         for metadata in ("_commit_hash", "_from_model_config"):
             kwargs.pop(metadata, None)
         if kwargs:
-            raise ValueError(f"EDLM's generation has no argument {sorted(kwargs)}")
+            raise ValueError(unknown_arguments("EDLM's generation", kwargs))
         self.validate()
 
     def validate(self, **_: Any) -> None:
-        for name in ("num_steps", "num_candidates", "num_return_sequences", "corrector_size"):
+        for name in ("num_steps", "num_return_sequences", "corrector_size"):
             _check_count(name, getattr(self, name))
+        if isinstance(self.num_candidates, list | tuple):
+            self.num_candidates = _candidates_by_time(self.num_candidates)
+        else:
+            _check_count("num_candidates", self.num_candidates)
         _check_count("corrector_steps", self.corrector_steps, least=0)
         optional = "max_new_tokens max_length block_length corrector_candidates denoiser_batch_size energy_batch_size"
         for name in optional.split():
@@ -119,14 +151,38 @@ class EDLMGenerationConfig(GenerationConfig):
         if not isinstance(window, list | tuple) or len(window) != 2 or not 1 >= window[0] >= window[1] >= 0:
             raise ValueError(f"energy_window must be (hi, lo) with 1 >= hi >= lo >= 0, got {window}")
         self.energy_window = window[0], window[1]  # a list in JSON
-        for name in ("shared_completion", "do_sample", "compile", "output_history", "return_dict_in_generate"):
+        booleans = "shared_completion do_sample use_cache compile output_history return_dict_in_generate"
+        for name in booleans.split():
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("energy_temperature", "corrector_temperature", "temperature"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        for name, allowed in {"order": ORDERS, "corrector_sets": SETS}.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        for name in ("top_p", "confidence_threshold"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in (0, 1], got {getattr(self, name)}")
+        if self.confidence_threshold is not None and self.order != "confidence":
+            raise ValueError(
+                f"confidence_threshold={self.confidence_threshold} needs order='confidence', got order={self.order!r}"
+            )
+
+    @property
+    def most_candidates(self) -> int:
+        """num_candidates, the largest where it changes with time."""
+        several = self.num_candidates
+        return several if isinstance(several, int) else max(k for _, k in several)
+
+    def candidates_at(self, t: float, num_candidates: int | None = None) -> int:
+        """How many there are at time t; where that is not said for each time, `num_candidates` in place of it."""
+        edge = 1e-9  # times are rounded
+        if isinstance(self.num_candidates, int):
+            hi, lo = self.energy_window
+            k = self.num_candidates if num_candidates is None else num_candidates
+            return k if lo - edge <= t <= hi + edge else 1
+        return next((k for start, k in reversed(self.num_candidates) if t <= start + edge), 1)
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -161,8 +217,8 @@ def prepare_config(
     if changes.get("max_length") or changes.get("max_new_tokens"):  # the caller's wish beats either default
         config.max_length = config.max_new_tokens = None
     allowed = config.__dict__.keys() - {"transformers_version", "bos_token_id"}
-    if unknown := sorted(n for n in changes if n not in allowed or n.startswith("_")):
-        raise ValueError(f"{name}() has no argument {unknown}")
+    if unknown := {n: value for n, value in changes.items() if n not in allowed or n.startswith("_")}:
+        raise ValueError(unknown_arguments(f"{name}()", unknown))
     config.__dict__.update(changes)
     config.validate()
     for i in config.eos_token_ids + ([] if config.pad_token_id is None else [config.pad_token_id]):
@@ -171,12 +227,33 @@ def prepare_config(
     return config
 
 
+def unknown_arguments(what: str, values: dict[str, Any]) -> str:
+    """The error for arguments that do not exist, with our name for those that other samplers have."""
+    known = [f"{n}={v!r} is {PEERS[n] or 'not offered'} here" for n, v in sorted(values.items()) if n in PEERS]
+    return "; ".join([f"{what} has no argument {sorted(values)}", *known])
+
+
+def _candidates_by_time(pairs: Sequence[Any]) -> tuple[tuple[float, int], ...]:
+    """The pairs (t, k), from JSON too; ValueError for what are none."""
+    if not pairs or any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in pairs):
+        raise ValueError(f"num_candidates must be an integer or pairs (t, k), got {pairs!r}")
+    for _, k in pairs:
+        _check_count("num_candidates at each time", k)
+    starts = [t for t, _ in pairs]
+    is_time = all(isinstance(t, int | float) and 0 < t <= 1 for t in starts)
+    if not is_time or any(a <= b for a, b in pairwise(starts)):
+        raise ValueError(f"the times of num_candidates must fall within (0, 1], got {starts}")
+    return tuple((t, k) for t, k in pairs)
+
+
 @dataclass
 class EDLMGenerationOutput(ModelOutput):
     """
     Args:
         sequences: (B, L) int64, prompts included.
         nfe, energy_nfe: (B,) int64, forward passes of the denoiser and of the energy spent on each row.
+        energy_tokens: (B,) int64, tokens that these passes of the energy really computed: fewer than the texts have
+            where keys and values of their first ones were kept.
         energies: (B, T) float32, energy of the kept candidate at each step and corrector round (T is the number of both
             together), NaN where no energy acted.
         ess: (B, T) float32, effective sample size of the k importance weights, NaN likewise.
@@ -187,6 +264,7 @@ class EDLMGenerationOutput(ModelOutput):
     sequences: Tensor
     nfe: Tensor | None = None
     energy_nfe: Tensor | None = None
+    energy_tokens: Tensor | None = None
     energies: Tensor | None = None
     ess: Tensor | None = None
     acceptance: Tensor | None = None
@@ -247,8 +325,9 @@ class EDLMGenerationMixin:
         _check_count("batch_size", batch_size)
         seed = 0 if seed is None and generator is None and not config.do_sample else choose_seed(seed, generator)
         xt_BL, attention_mask = self._canvas(input_ids, attention_mask, config, batch_size)
-        rounds = config.corrector_steps if self._revises(config) and config.num_candidates > 1 else 0
-        run = Run(xt_BL, attention_mask, seed, first_row, config.num_steps + rounds)
+        rounds = config.corrector_steps if self._revises(config) and config.most_candidates > 1 else 0
+        keeps = config.use_cache and not config.compile
+        run = Run(self, xt_BL, attention_mask, seed, first_row, config.num_steps + rounds, keeps)
         watch = Watch(self, run, config, stopping_criteria, streamer, callback_on_step_end, not rounds)
         process = LogitsProcess.of(config, logits_processor, self.config.mask_token_id)
         with in_eval_mode(self), fixed_weights(), compiled(config.compile):
@@ -289,6 +368,9 @@ class EDLMGenerationMixin:
         check_prompt(input_ids, self.config.vocab_size)
         if (input_ids == self.config.mask_token_id).any():
             raise ValueError("input_ids hold mask tokens: generate() fills them, revise() changes finished text")
+        longest = self.config.max_position_embeddings
+        if input_ids.shape[1] > longest:
+            raise ValueError(f"input_ids has {input_ids.shape[1]} tokens, more than max_position_embeddings={longest}")
         mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
         if mask.shape != input_ids.shape or mask.dtype != torch.bool:
             raise ValueError(f"mask must be bool {tuple(input_ids.shape)}, got {mask.dtype} {tuple(mask.shape)}")
@@ -299,7 +381,8 @@ class EDLMGenerationMixin:
             for x in (input_ids.long(), attention_mask, mask)
         ]
         seed = int(uniforms(choose_seed(seed, generator), REVISE) * 2**52)
-        run = Run(repeated[0], repeated[1], seed, first_row, config.corrector_steps)
+        keeps = config.use_cache and not config.compile
+        run = Run(self, repeated[0], repeated[1], seed, first_row, config.corrector_steps, keeps)
         watch = Watch(self, run, config, stopping_criteria, streamer, callback_on_step_end, False, repeated[2])
         process = LogitsProcess.of(config, logits_processor, self.config.mask_token_id)
         rounds = range(config.corrector_steps if self._revises(config) else 0)
@@ -313,12 +396,11 @@ class EDLMGenerationMixin:
         if not config.return_dict_in_generate:
             return sequences_BL
         acceptance_B = run.changed_B / run.rounds_B  # 0 / 0 is NaN
-        counts = run.nfe_B, run.energy_nfe_B, run.energies_BT, run.ess_BT
+        counts = run.nfe_B, run.energy_nfe_B, run.energy_tokens_B, run.energies_BT, run.ess_BT
         return EDLMGenerationOutput(sequences_BL, *counts, acceptance_B, watch.history)
 
     def _revises(self, config: EDLMGenerationConfig) -> bool:
-        k = config.corrector_candidates or config.num_candidates
-        return config.do_sample and k > 1
+        return config.do_sample and (config.corrector_candidates or config.most_candidates) > 1
 
     def _canvas(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, config: EDLMGenerationConfig, batch_size: int

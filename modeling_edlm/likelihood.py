@@ -28,7 +28,7 @@ from .backbone import rows_at_once
 from .draws import effective_sample_size, uniforms
 from .generation_edlm import EDLMGenerationConfig, check_attention_mask, check_prompt, prepare_config
 from .proposal import Columns, own_positions
-from .sampler import LogitsProcess, State, energy_acts, in_eval_mode, propose, weigh
+from .sampler import LogitsProcess, State, in_eval_mode, propose, weigh
 from .schedule import RevealPlan
 
 ESTIMATORS = ("sampler", "paper", "mdlm")
@@ -183,9 +183,10 @@ def likelihood_terms(
     if generation_config is None and not is_sampler:
         generation_config = EDLMGenerationConfig()
     config = prepare_config(model, generation_config, kwargs, "likelihood")
-    settings = [(config.num_candidates, config.energy_temperature)] if settings is None else settings
+    settings = [(config.most_candidates, config.energy_temperature)] if settings is None else settings
     _check(model, estimator, config, settings, num_samples, num_times)
     scored_BL, attention_mask = _scored(model, input_ids, attention_mask, prompt_mask)
+    input_ids = input_ids.long()
     process = LogitsProcess.of(config, logits_processor, model.config.mask_token_id)
     J, T, largest = num_times, config.num_steps if is_sampler else None, max(k for k, _ in settings)
     is_plain = estimator == "mdlm" or model.scorer is None or (is_sampler and largest == 1)
@@ -202,9 +203,10 @@ def likelihood_terms(
             t_N, s_N, hidden_NL, shown_NL, alike_NL = _moments(
                 scored_BL[row_N], place_NL, counters, J, T, config.block_length
             )
-            active_N = torch.zeros(len(t_N), dtype=torch.bool) if is_plain else torch.ones(len(t_N), dtype=torch.bool)
+            active_N = torch.full(t_N.shape, not is_plain)
             if is_sampler:
-                active_N &= energy_acts(config, t_N)
+                k_NC = torch.tensor([[config.candidates_at(t, k) for k, _ in settings] for t in t_N.tolist()])
+                active_N &= (k_NC > 1).any(-1)
             log_mu_NL, log_v_NG, log_w_NHK = _weigh(
                 model,
                 input_ids[row_N.to(input_ids.device)].to(model.device),
@@ -221,11 +223,17 @@ def likelihood_terms(
             mdlm.append(-F_N * log_mu_NL.where(alike_NL, 0.0).sum(-1) / alike_NL.sum(-1))
             is_possible_N = mdlm[-1] < torch.inf  # else the energy cannot help
             if is_sampler:
-                gain_CN = [log_mean_ratio(log_v_NG / tau, log_w_NHK / tau, k, counters) for k, tau in settings]
-                ess_CN = [effective_sample_size(log_w_NHK[:, 0, :k] / tau) for k, tau in settings]
-                gain_NC = torch.stack(gain_CN, -1).where(is_possible_N[:, None], 0.0)
+                gain_NC, ess_NC = torch.zeros(k_NC.shape), torch.full(k_NC.shape, float("nan"))
+                gain_NC, ess_NC = gain_NC.double(), ess_NC.double()
+                for c, (_, tau) in enumerate(settings):
+                    for k in k_NC[active_N, c].unique().tolist():
+                        now_N = active_N & (k_NC[:, c] == k)
+                        weights = log_v_NG / tau, log_w_NHK / tau
+                        gain_NC[now_N, c] = log_mean_ratio(*weights, k, counters)[now_N]
+                        ess_NC[now_N, c] = effective_sample_size(weights[1][now_N, 0, :k])
+                gain_NC = gain_NC.where(is_possible_N[:, None], 0.0)
                 nll.append(mdlm[-1][:, None] - scale_N[:, None] * gain_NC)
-                ess.append(torch.stack(ess_CN, -1).where(active_N[:, None], float("nan")))
+                ess.append(ess_NC)
             elif estimator == "paper":
                 log_z_CN = log_mean_exp(log_w_NHK[:, 0]) if log_w_NHK.shape[-1] else (0.0, 0.0)
                 nll.append(torch.stack([mdlm[-1] + scale_N * (z - log_v_NG[:, 0]) for z in log_z_CN], -1))
@@ -405,7 +413,12 @@ def _check(
         raise ValueError(f"estimator='paper' needs energy_target='x0', got {model.config.energy_target!r}")
     if estimator == "paper" and config.block_length is not None:
         raise ValueError(f"estimator='paper' has no blocks, got block_length={config.block_length}")
-    if estimator == "sampler" and config.corrector_steps and config.num_candidates > 1:
+    if estimator == "sampler" and config.order != "random":
+        raise ValueError(
+            f"order={config.order!r} looks at token values, and the bound is of a plan that does not; give "
+            "order='random', or blocks by block_length"
+        )
+    if estimator == "sampler" and config.corrector_steps and config.most_candidates > 1:
         raise ValueError(
             f"corrector_steps={config.corrector_steps}: a revised text has no bound, for its last round could have "
             "come from many others; give corrector_steps=0 for that of the text before it is revised"

@@ -4,12 +4,14 @@ Shapes: N rows, K candidates, L length, V vocabulary, M selected positions (flat
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .draws import draw, uniforms
+
+ORDERS = ("random", "confidence", "margin", "entropy")  # in which positions are revealed
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,37 @@ class Columns:
 
 @dataclass(frozen=True)
 class Proposal:
-    """x (N, K, L), the state with K candidates in place; log mu of each, (N, K) float32; and log mu of the given tokens
-    where that was asked for, (N, L), zero elsewhere."""
+    """x (N, K, L), the state with K candidates in place; log mu_i of the tokens put there, (N, L, K) float32, zero
+    elsewhere; log mu of the given tokens where that was asked for, (N, L), zero elsewhere; and how certain mu_i is
+    where something was drawn, (N, L), None where no order asked for that."""
 
     x_NKL: Tensor
-    log_mu_NK: Tensor
+    log_mu_NLK: Tensor
     log_given_NL: Tensor
+    certainty_NL: Tensor | None = None
+
+    @property
+    def log_mu_NK(self) -> Tensor:
+        # summed row by row, not scattered with atomics: the same seed gives the same bits
+        return self.log_mu_NLK.sum(1)
+
+    def showing(self, shown_NL: Tensor, rest_NL: Tensor, counts_rest: bool) -> "Proposal":
+        """The same with `rest` (N, L) in all candidates where nothing is shown; the first candidate has it there, or it
+        is not drawn at all and does not count."""
+        rest_NLK = self.log_mu_NLK[..., :1] if counts_rest else torch.zeros_like(self.log_mu_NLK)
+        x_NKL = torch.where(shown_NL[:, None], self.x_NKL, rest_NL[:, None])
+        return replace(self, x_NKL=x_NKL, log_mu_NLK=torch.where(shown_NL[..., None], self.log_mu_NLK, rest_NLK))
+
+
+def certainty(order: str, logits_MV: Tensor) -> Tensor:
+    """(M,) what an order ranks positions by, from the logits of mu_i: of the largest value first."""
+    p_MV = logits_MV.softmax(-1)
+    if order == "confidence":
+        return p_MV.amax(-1)
+    if order == "margin":
+        best_M2 = p_MV.topk(2).values
+        return best_M2[:, 0] - best_M2[:, 1]
+    return torch.special.entr(p_MV).sum(-1).neg()
 
 
 def own_positions(like_NL: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -96,6 +123,8 @@ class ProposalMixin:
         shown_NL: Tensor | None = None,
         given_NL: Tensor | None = None,
         scored_NL: Tensor | None = None,
+        order: str = "random",
+        is_greedy: bool = False,
     ) -> Proposal:
         """K independent draws from mu(. | xt) at `where`, all from one pass; only positions in question are projected.
 
@@ -108,6 +137,8 @@ class ProposalMixin:
                 they are.
             shown_NL: bool on the CPU, where `columns.shown_K` and `given_K` count; None: everywhere.
             given_NL: tokens (N, L). scored_NL: bool on the CPU, where their log mu is wanted; it holds `where`.
+            order: what the positions are to be ranked by, see `certainty`. is_greedy: the likeliest token alone is
+                drawn, which the ranking does not know of.
         """
         (N, L), device = xt_NL.shape, xt_NL.device
         columns = Columns.independent(columns, device) if isinstance(columns, int) else columns
@@ -125,7 +156,7 @@ class ProposalMixin:
             return uniforms(seed, *now, position_P[chunk_M, None], draw_MK)  # type: ignore[arg-type]
 
         def all_draws() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            if process is None and given_NL is None:
+            if process is None and given_NL is None and order == "random":
                 yield from self.draw_chunks(xt_NL, where_NL, uniforms_at, t, attention_mask)
                 return
             read_NL = where_NL if scored_NL is None else scored_NL
@@ -133,6 +164,9 @@ class ProposalMixin:
             for chunk_M, logits_MV in self.logit_chunks(xt_NL, read_NL, t, attention_mask):
                 if process is not None:
                     logits_MV = process(chunk_M // L, xt_NL[chunk_M // L], logits_MV, position_P[chunk_M])
+                if order != "random":
+                    certainty_P[chunk_M] = certainty(order, logits_MV)
+                logits_MV = only_best(logits_MV) if is_greedy else logits_MV
                 if given_NL is not None:  # not the log of a softmax, which has nothing below e-38
                     token_M1 = given_NL.flatten()[chunk_M, None]
                     log_given_P[chunk_M] = logits_MV.log_softmax(-1).gather(-1, token_M1)[:, 0]
@@ -143,6 +177,7 @@ class ProposalMixin:
 
         x_PK = xt_NL.flatten()[:, None].repeat(1, K)
         log_mu_PK, log_given_P = torch.zeros(N * L, K, device=device), torch.zeros(N * L, device=device)
+        certainty_P = torch.zeros(N * L, device=device)
         for chunk_M, x_MK, log_mu_MK in all_draws():
             x_PK[chunk_M], log_mu_PK[chunk_M] = x_MK, log_mu_MK
         if columns.given_K is not None:
@@ -151,6 +186,6 @@ class ProposalMixin:
             is_given_PK = is_given_P[:, None] & columns.given_K
             x_PK = torch.where(is_given_PK, given_NL.flatten()[:, None], x_PK)  # type: ignore[union-attr]
             log_mu_PK = torch.where(is_given_PK, log_given_P[:, None], log_mu_PK)
-        # summed row by row, not scattered with atomics: the same seed gives the same bits
-        x_NKL, log_mu_NK = x_PK.view(N, L, K).transpose(1, 2), log_mu_PK.view(N, L, K).sum(1)
-        return Proposal(x_NKL, log_mu_NK, log_given_P.view(N, L))
+        x_NKL, log_mu_NLK = x_PK.view(N, L, K).transpose(1, 2), log_mu_PK.view(N, L, K)
+        certainty_NL = None if order == "random" else certainty_P.view(N, L)
+        return Proposal(x_NKL, log_mu_NLK, log_given_P.view(N, L), certainty_NL)

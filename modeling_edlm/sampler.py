@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from .backbone import rows_at_once, suppress
 from .draws import choose, uniforms
 from .energies import candidate_energies
-from .proposal import Columns, Proposal, only_best, own_positions
+from .prefix_cache import PrefixCache
+from .proposal import Columns, Proposal, own_positions
 from .schedule import RevealPlan, revision_set, times
 
 REVEAL, CHOICE, SET = -1, -2, -3  # counters of the draws that belong to no step, no position, no candidate
@@ -38,6 +39,8 @@ class State:
     s: float | Tensor
     counters: tuple[Tensor | int, ...]
     process: "LogitsProcess | None" = None
+    on_N: Tensor = None  # type: ignore[assignment]  # their numbers in the run, and what it keeps of them for the energy
+    prefix: PrefixCache | None = None
 
     def rows(self, on_A: Tensor) -> "State":
         """Some of these rows."""
@@ -55,16 +58,17 @@ def propose(
     shown_NL: Tensor | None = None,
     given_NL: Tensor | None = None,
     scored_NL: Tensor | None = None,
+    order: str = "random",
 ) -> Proposal:
     """The candidates of a step: see `ProposalMixin.propose`."""
-    process = None
+    process, is_greedy = None, state.process is not None and not state.process.do_sample
     if state.process is not None:
 
         def process(row_M: Tensor, states_ML: Tensor, logits_MV: Tensor, positions_M: Tensor) -> Tensor:
             step = state.step[row_M] if isinstance(state.step, Tensor) else state.step
             return state.process(step, states_ML, logits_MV, positions_M)  # type: ignore[misc]
 
-    rest = state.t, state.attention_mask, process, shown_NL, given_NL, scored_NL
+    rest = state.t, state.attention_mask, process, shown_NL, given_NL, scored_NL, order, is_greedy
     return model.denoiser.propose(state.xt_NL, where_NL, columns, state.counters, *rest)
 
 
@@ -74,40 +78,59 @@ def weigh(
     """Energies (N, K) of candidates, and how many of each row were scored, (N,): equal ones once."""
     if model.scorer is None:
         return torch.zeros_like(log_mu_NK), torch.zeros(len(x_NKL), dtype=torch.int64, device=x_NKL.device)
-    at_a_time = batch_size or rows_at_once(model.scorer.network, x_NKL.shape[-1])
     time = model.scorer.time(state.t, state.s)
-    return candidate_energies(model.energy, x_NKL, state.xt_NL, time, log_mu_NK, state.attention_mask, at_a_time)
-
-
-def energy_acts(config: Any, t: Tensor | float) -> Tensor | bool:
-    """Whether it does at time t, a number or (N,)."""
-    hi, lo = config.energy_window
-    return (lo - 1e-9 <= t) & (t <= hi + 1e-9)
+    what = x_NKL, state.xt_NL, time, log_mu_NK, state.attention_mask
+    if state.prefix is not None:  # finds the rows of a pass itself
+        return candidate_energies(state.prefix, *what, batch_size, state.on_N)
+    return candidate_energies(model.energy, *what, batch_size or rows_at_once(model.scorer.network, x_NKL.shape[-1]))
 
 
 class Run:
     """The canvas of one call, the counters of its draws, and what is counted while it is filled and revised."""
 
-    def __init__(self, xt_BL: Tensor, attention_mask: Tensor | None, seed: int, first_row: int, num_steps: int):
+    def __init__(
+        self,
+        model: Any,
+        xt_BL: Tensor,
+        attention_mask: Tensor | None,
+        seed: int,
+        first_row: int,
+        num_steps: int,
+        use_cache: bool,
+    ):
         (B, L), device = xt_BL.shape, xt_BL.device
         self.xt_BL, self.attention_mask, self.seed, self.first_row = xt_BL, attention_mask, seed, first_row
         self.row_B1 = torch.arange(first_row, first_row + B)[:, None]
         self.place_BL = own_positions(xt_BL, attention_mask).cpu()
         self.length_B = xt_BL.new_full((B,), L) if attention_mask is None else attention_mask.sum(-1)
-        self.nfe_B, self.energy_nfe_B, self.rounds_B, self.changed_B = xt_BL.new_zeros(4, B)
+        self.nfe_B, self.energy_nfe_B, self.energy_tokens_B, self.rounds_B, self.changed_B = xt_BL.new_zeros(5, B)
+        self.prefix = None
+        if use_cache and model.scorer is not None:
+            self.prefix = model.scorer.prefix_cache(model.energy, self.energy_tokens_B, L)
         self.energies_BT, self.ess_BT = torch.full((2, B, num_steps), float("nan"), device=device)
         self.health = Health(num_steps, device)
 
     def state(
-        self, xt_NL: Tensor, on_N: Tensor, step: int, t: Tensor | float, s: float, process: "LogitsProcess | None"
+        self,
+        xt_NL: Tensor,
+        rows_N: Tensor,
+        step: int,
+        t: Tensor | float,
+        s: float,
+        process: "LogitsProcess | None",
+        hidden_NL: Tensor,
     ) -> State:
+        """That of some rows, with what is masked in them: both are on the CPU."""
+        on_N = rows_N.to(xt_NL.device, non_blocking=True)
         mask_NL = None if self.attention_mask is None else self.attention_mask[on_N]
-        return State(xt_NL, mask_NL, step, t, s, (self.seed, on_N + self.first_row, step), process)
+        counters = self.seed, on_N + self.first_row, step
+        first_N = self.place_BL[rows_N].masked_fill(~hidden_NL, hidden_NL.shape[1]).amin(-1)
+        prefix = self.prefix if self.prefix is not None and self.prefix.pays(first_N) else None
+        return State(xt_NL, mask_NL, step, t, s, counters, process, on_N, prefix)
 
     def keep(
         self,
-        on_N: Tensor,
-        step: int,
+        state: State,
         x_NKL: Tensor,
         energy_NK: Tensor,
         scored_N: Tensor,
@@ -116,8 +139,11 @@ class Run:
         is_move: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """One candidate (N, L) of each row by its energy, and which of the K it is (N,)."""
+        on_N, step = state.on_N, cast(int, state.step)
         u_N = uniforms(self.seed, on_N + self.first_row, step, CHOICE, 0)
         kept_N, ess_N = choose(energy_NK, energy_temperature, u_N, is_move)
+        if state.prefix is None:  # it counts its own
+            self.energy_tokens_B[on_N] += scored_N * x_NKL.shape[-1]
         n = torch.arange(len(on_N), device=on_N.device)
         self.energies_BT[on_N, step], self.ess_BT[on_N, step] = energy_NK[n, kept_N], ess_N
         self.energy_nfe_B[on_N] += scored_N
@@ -130,10 +156,10 @@ def denoise(model: Any, run: Run, config: Any, process: "LogitsProcess | None", 
     """The sampling loop, over a plan that is drawn first, on the CPU."""
     xt_BL, T, device = run.xt_BL, config.num_steps, run.xt_BL.device
     u_BL = uniforms(run.seed, run.row_B1, REVEAL, run.place_BL, 0)
-    plan = RevealPlan(u_BL, watch.free_BL.cpu(), T, config.block_length)
-    has_energy = config.num_candidates > 1 and model.scorer is not None and config.do_sample
-    one = Columns.independent(1, device)
-    several = Columns.independent(config.num_candidates, device, shared=config.shared_completion)
+    is_random = config.order == "random"
+    plan = RevealPlan(u_BL, watch.free_BL.cpu(), T, config.block_length, is_even=not is_random)
+    has_energy = model.scorer is not None and config.do_sample
+    is_step = has_energy and model.scorer.target == "xs"
     rows_at_a_time = config.denoiser_batch_size or rows_at_once(model.denoiser, xt_BL.shape[1])
 
     for step, (t, s) in enumerate(pairwise(times(T).tolist())):
@@ -141,15 +167,21 @@ def denoise(model: Any, run: Run, config: Any, process: "LogitsProcess | None", 
         for rows_N in rows_E.split(rows_at_a_time) if len(rows_E) else ():
             hidden_NL, _, shown_NL = plan.sets(step, rows_N)
             on_N = rows_N.to(device, non_blocking=True)
-            state = run.state(xt_BL[on_N], on_N, step, t, s, process)
-            if has_energy and energy_acts(config, t):
-                filled_NL = hidden_NL if model.scorer.target == "x0" else shown_NL
-                proposal = propose(model, state, filled_NL, several, shown_NL)
+            state = run.state(xt_BL[on_N], rows_N, step, t, s, process, hidden_NL)
+            k = config.candidates_at(t) if has_energy else 1
+            columns = Columns.independent(k, device, shared=config.shared_completion and is_random)
+            filled_NL = shown_NL if is_random and (k == 1 or is_step) else hidden_NL
+            proposal = propose(model, state, filled_NL, columns, shown_NL, order=config.order)
+            if not is_random:
+                certainty_NL = cast(Tensor, proposal.certainty_NL).cpu()
+                shown_NL = plan.prefer(step, rows_N, certainty_NL, config.confidence_threshold)
+                if is_step or config.shared_completion:
+                    rest_NL = state.xt_NL if is_step else proposal.x_NKL[:, 0]
+                    proposal = proposal.showing(shown_NL.to(device), rest_NL, counts_rest=not is_step)
+            x_NL = proposal.x_NKL[:, 0]
+            if k > 1:
                 energies = weigh(model, state, proposal.x_NKL, proposal.log_mu_NK, config.energy_batch_size)
-                x_NL, _ = run.keep(on_N, step, proposal.x_NKL, *energies, config.energy_temperature, watch)
-            else:
-                proposal = propose(model, state, shown_NL, one)
-                x_NL = proposal.x_NKL[:, 0]
+                x_NL, _ = run.keep(state, proposal.x_NKL, *energies, config.energy_temperature, watch)
             run.health.note("logits", proposal.log_mu_NK.isnan().any(), step)
             xt_BL[on_N] = torch.where(shown_NL.to(device, non_blocking=True), x_NL, state.xt_NL)
             run.nfe_B[on_N] += 1
@@ -165,7 +197,7 @@ def revise(model: Any, run: Run, config: Any, process: "LogitsProcess | None", w
     one's part is known from the round before.
     """
     xt_BL, device = run.xt_BL, run.xt_BL.device
-    free_BL, K = watch.free_BL.cpu(), config.corrector_candidates or config.num_candidates
+    free_BL, K = watch.free_BL.cpu(), config.corrector_candidates or config.most_candidates
     columns = Columns.independent(K, device, first_given=True)
     part_B = torch.full((len(xt_BL),), float("nan"), device=device)  # of the present texts
     rows_at_a_time = config.denoiser_batch_size or rows_at_once(model.denoiser, xt_BL.shape[1])
@@ -173,14 +205,14 @@ def revise(model: Any, run: Run, config: Any, process: "LogitsProcess | None", w
 
     for step in rounds:
         u_BL = uniforms(run.seed, run.row_B1, step, run.place_BL, SET)
-        set_BL = revision_set(u_BL, free_BL, config.corrector_size)
+        set_BL = revision_set(u_BL, free_BL, config.corrector_size, config.corrector_sets == "contiguous")
         rows_E = (set_BL.any(-1) & ~watch.done_B).nonzero()[:, 0]
         for rows_N in rows_E.split(rows_at_a_time) if len(rows_E) else ():
             set_NL, on_N = set_BL[rows_N], rows_N.to(device, non_blocking=True)
             present_NL, is_set_NL = xt_BL[on_N], set_NL.to(device, non_blocking=True)
             t_N = is_set_NL.sum(-1) / run.length_B[on_N]
             xt_NL = present_NL.masked_fill(is_set_NL, model.config.mask_token_id)
-            state = run.state(xt_NL, on_N, step, t_N, 0.0, process)
+            state = run.state(xt_NL, rows_N, step, t_N, 0.0, process, set_NL)
             proposal = propose(model, state, set_NL, columns, given_NL=present_NL)
             run.health.note("logits", proposal.log_mu_NK.isnan().any(), step)
             x_NKL, log_mu_NK = proposal.x_NKL, proposal.log_mu_NK
@@ -194,7 +226,7 @@ def revise(model: Any, run: Run, config: Any, process: "LogitsProcess | None", w
                 energy_NK, scored_N = weigh(model, state, x_NKL, log_mu_NK, config.energy_batch_size)
                 energy_NK = tempered(energy_NK, log_mu_NK, config.corrector_temperature)
             energy_NK = stay_if_stuck(energy_NK)
-            x_NL, kept_N = run.keep(on_N, step, x_NKL, energy_NK, scored_N, config.energy_temperature, watch, True)
+            x_NL, kept_N = run.keep(state, x_NKL, energy_NK, scored_N, config.energy_temperature, watch, True)
             if is_of_text:
                 part_B[on_N] = part_NK.gather(1, kept_N[:, None])[:, 0]
             xt_BL[on_N] = x_NL
@@ -224,7 +256,8 @@ def stay_if_stuck(energy_NK: Tensor) -> Tensor:
 
 
 class LogitsProcess:
-    """Everything that changes the proposal's logits, in order; what it makes of them is the mu that an energy corrects.
+    """Everything that changes the proposal's logits, in order; what it makes of them is the mu that an energy corrects,
+    or without sampling the mu whose likeliest token is taken.
 
     `of(config, logits_processor)` is None where nothing does.
     """
@@ -254,8 +287,7 @@ class LogitsProcess:
         for processor, wanted in zip(self.processors, self.wanted, strict=True):
             extra = {name: value for name, value in offered.items() if name in wanted}
             logits_MV = processor(states_ML, logits_MV, **extra)
-        logits_MV = suppress(logits_MV, self.mask_token_id)
-        return logits_MV if self.do_sample else only_best(logits_MV)
+        return suppress(logits_MV, self.mask_token_id)
 
 
 class Health:

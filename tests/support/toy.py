@@ -109,13 +109,28 @@ def overlap(part: tuple, low: float, high: float) -> float:
 
 
 def chain_law(
-    model, start: tuple, num_steps: int, k: int, window=(1.0, 0.0), law=law_p_k, shared=False, block_length=None
+    model,
+    start: tuple,
+    num_steps: int,
+    k: int,
+    window=(1.0, 0.0),
+    law=law_p_k,
+    shared=False,
+    block_length=None,
+    shown=None,
+    candidates_at=None,
 ) -> dict[tuple, float]:
-    """Exact distribution of what the sampler returns from `start`, by dynamic programming over the states."""
+    """Exact distribution of what the sampler returns from `start`, by dynamic programming over the states.
+
+    `shown(state, i)` gives the one set that step i reveals, where that is no matter of chance; `candidates_at(t)` the
+    number of candidates, where it is not k within the window.
+    """
     dist, target = {start: 1.0}, model.config.energy_target
     parts = block_parts(tuple(p for p, v in enumerate(start) if v == MASK), block_length)
     for i in range(num_steps):
         t, s = 1 - i / num_steps, 1 - (i + 1) / num_steps
+        if candidates_at is not None:
+            k, window = candidates_at(t), (1.0, 0.0)
         active = k > 1 and window[1] - 1e-9 <= t <= window[0] + 1e-9
         reveal = {p: overlap(part, 1 - t, 1 - s) / (overlap(part, 1 - t, 1) or 1) for p, part in parts.items()}
         following = defaultdict(float)
@@ -124,6 +139,8 @@ def chain_law(
             for size in range(len(masked) + 1):
                 for now in itertools.combinations(masked, size):
                     p_now = math.prod(reveal[p] if p in now else 1 - reveal[p] for p in masked)
+                    if shown is not None:
+                        p_now = float(now == shown(state, i))
                     if p_now < 1e-12:
                         continue
                     filled = masked if active and target == "x0" and not shared else now
@@ -182,12 +199,13 @@ def path_bounds(
     tau: float = 1.0,
     shared=False,
     block_length=None,
+    candidates_at=None,
 ) -> torch.Tensor:
     """For each text, the sum over the steps of E[-log p_k(x0_S | xt)] in nats, xt and S as the sampler draws them: the
     bound on -log p(x0) that `likelihood` tends to as its inner samples grow."""
 
     @cache
-    def law(state: tuple, filled: tuple, i: int, active: bool) -> torch.Tensor:
+    def law(state: tuple, filled: tuple, i: int, k: int, active: bool) -> torch.Tensor:
         t, s = 1 - i / num_steps, 1 - (i + 1) / num_steps
         log_mu_C = log_mu(model, state, t, filled)
         if not active:
@@ -201,6 +219,8 @@ def path_bounds(
         total, parts = 0.0, block_parts(tuple(range(len(x0))), block_length)
         for i, masked in itertools.product(range(num_steps), subsets(range(len(x0)))):
             t, s = 1 - i / num_steps, 1 - (i + 1) / num_steps
+            if candidates_at is not None:
+                k, window = candidates_at(t), (1.0, 0.0)
             active = k > 1 and window[1] - 1e-9 <= t <= window[0] + 1e-9
             state = tuple(MASK if j in masked else v for j, v in enumerate(x0))
             for now in subsets(masked)[1:]:
@@ -213,7 +233,7 @@ def path_bounds(
                 if p > 1e-12:
                     filled = masked if active and model.config.energy_target == "x0" and not shared else now
                     hits = [all(x[j] == x0[j] for j in now) for x in completions(state, filled)]
-                    p_hit = float(law(state, filled, i, active)[torch.tensor(hits)].sum())
+                    p_hit = float(law(state, filled, i, k, active)[torch.tensor(hits)].sum())
                     total -= p * (math.log(p_hit) if p_hit else -math.inf)
         totals.append(total)
     return torch.tensor(totals, dtype=torch.float64)
@@ -249,3 +269,32 @@ def revision_kernel(model, size: int, k: int, free: tuple, rows: list[tuple]) ->
         for y, p in zip(candidates, p_C, strict=True):
             kernel[index[x], index[y]] += p / len(sets)
     return kernel
+
+
+def shown_by_value(model, start: tuple, num_steps: int, order: str, threshold=None, block_length=None):
+    """What an order by value shows of a state at a step, for `chain_law`."""
+    free = tuple(p for p, v in enumerate(start) if v == MASK)
+    block = {p: rank // (block_length or len(free)) for rank, p in enumerate(free)}
+    slots = defaultdict(list)  # of each block, the steps that were planned for it
+    for rank, p in enumerate(free):
+        slots[block[p]].append(int((rank + 0.5) / len(free) * num_steps))
+
+    @cache
+    def shown(state: tuple, i: int) -> tuple:
+        masked = [p for p in free if state[p] == MASK]
+        left = {b: sum(block[p] == b for p in masked) for b in slots}
+        planned = [b for b in slots for slot in slots[b][len(slots[b]) - left[b] :] if slot == i]
+        if not planned:
+            return ()
+        p_LV = model.log_p_x0(torch.tensor([state]), t=1 - i / num_steps)[0].double().exp()
+        measure = {
+            "confidence": lambda p: float(p.max()),
+            "margin": lambda p: float(p.sort().values[-1] - p.sort().values[-2]),
+            "entropy": lambda p: float(sum(q * q.log() for q in p if q > 0)),
+        }[order]
+        certain = {p: measure(p_LV[p]) for p in masked if block[p] <= max(planned)}
+        best = sorted(certain, key=lambda p: -certain[p])
+        more = [p for p in best if threshold is not None and certain[p] >= threshold]
+        return tuple(sorted({*best[: len(planned)], *more}))
+
+    return shown
