@@ -402,6 +402,7 @@ def plot(results: dict, path: Path) -> None:
             continue
         spent = [row["passes"] for row in rows]
         of_passes.plot(spent, means, marker="o", markersize=4, color=colors[method], label=name)
+        of_passes.errorbar(spent, means, errors, linestyle="", elinewidth=1, color=colors[method], alpha=0.5)
         low, high = zip(*((m - e, m + e) for m, e in zip(means, errors, strict=True)), strict=True)
         of_passes.fill_between(spent, low, high, color=colors[method], alpha=0.12, linewidth=0)
     at, rows = matched(results)

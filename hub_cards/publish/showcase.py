@@ -85,8 +85,8 @@ class Writer:
         blanks, defaults = start.count(self.mask), self.model.generation_config
         begun = time.perf_counter()
         if sampler == "AR":
-            to_whom = self.model.energy_model, self.tokenizer, start, self.mask
-            x_BL = continue_left(*to_whom, size, defaults.temperature, self.seed)
+            how = self.mask, size, defaults.temperature, self.seed
+            x_BL = continue_left(self.model.energy_model, self.tokenizer, start, *how)
         elif sampler == REVISED:
             k = (
                 defaults.corrector_candidates or defaults.num_candidates
