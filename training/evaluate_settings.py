@@ -114,9 +114,9 @@ from modeling_edlm.likelihood import likelihood_terms
 
 from .common.checkpoint import fingerprint
 from .common.components import load_variants, pass_cost
-from .common.data import DocumentBlocks, PackedTokens, tokenize
-from .common.judge import Judge, before_end
-from .common.metrics import LN2, ratio, token_entropy
+from .common.data import spread_blocks
+from .common.judge import Judge, entropies
+from .common.metrics import LN2, ratio
 from .common.results import Store, machine, read_results, write_json, write_whole
 from .common.settings import chosen, kind_of, label, table
 
@@ -201,12 +201,6 @@ def samples(model: EDLMModel, judge: Judge, setting: dict, size: int, arguments)
 def steps_of_mdlm(passes: float, length: int) -> int:
     """At which MDLM is expected to take as many passes: a step that reveals none of `length` tokens costs nothing."""
     return min(range(1, 8 * length), key=lambda T: abs(T * (1 - (1 - 1 / T) ** length) - passes))
-
-
-def entropies(x_BL: torch.Tensor, eos: int | None) -> list[float]:
-    """Of each text up to its end, of its own token frequencies, in nats."""
-    ends_BL = before_end(x_BL, eos)
-    return [float(token_entropy(x_L[where_L][None])) for x_L, where_L in zip(x_BL, ends_BL, strict=True)]
 
 
 def plot(results: dict, path: Path) -> None:
@@ -294,12 +288,9 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"judge={arguments.judge!r} is the energy itself, which may not judge its own texts")
 
     first = next(iter(variants.values()))
-    tokens = tokenize(arguments.data, tokenizer, out.parent / "tokens", arguments.split)
     length, eos = first.config.max_position_embeddings, tokenizer.eos_token_id
-    # rows begin with a document where the tokenizer has an EOS, as in training
-    blocks = PackedTokens(tokens, length) if eos is None else DocumentBlocks(tokens, length, eos)
-    B = min(arguments.num_sequences, len(blocks))
-    x0_BL = blocks.blocks(torch.arange(B) * len(blocks) // B)
+    of_text = out.parent / "tokens", arguments.split, arguments.num_sequences
+    x0_BL = spread_blocks(arguments.data, tokenizer, length, *of_text)
     characters_B = np.array([len(judge.text(x0_L)) for x0_L in x0_BL])
     of_data = judge.read(x0_BL)
 

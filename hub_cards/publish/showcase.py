@@ -50,8 +50,9 @@ from transformers import AutoTokenizer
 
 from modeling_edlm import EDLMModel
 from training.common.checkpoint import run_facts
-from training.common.judge import Judge, before_end
-from training.common.metrics import ratio, summary, token_entropy
+from training.common.continuation import continue_left
+from training.common.judge import Judge, before_end, entropies
+from training.common.metrics import ratio, summary
 from training.common.results import machine, read_lines, read_results, write_json, write_whole
 from training.pretrain import PretrainArguments
 from training.train_energy import EnergyArguments
@@ -84,7 +85,8 @@ class Writer:
         blanks, defaults = start.count(self.mask), self.model.generation_config
         begun = time.perf_counter()
         if sampler == "AR":
-            x_BL, passes_B = self.continue_left(start, size), torch.full((size,), blanks)
+            how = self.mask, size, defaults.temperature, self.seed
+            x_BL = continue_left(self.model.energy_model, self.tokenizer, start, *how)
         elif sampler == REVISED:
             k = (
                 defaults.corrector_candidates or defaults.num_candidates
@@ -113,35 +115,12 @@ class Writer:
             passes_B = before_end(x_BL, self.tokenizer.eos_token_id).sum(-1).clamp(max=blanks)
         return {"ids": x_BL, "passes": passes_B.tolist(), "seconds": time.perf_counter() - begun}
 
-    def continue_left(self, start: list[int], size: int) -> torch.Tensor:
-        """The autoregressive model in the first blanks of `start`; what stands behind them it has not seen."""
-        ar, first = self.model.energy_model, start.index(self.mask)
-        torch.manual_seed(self.seed)
-        new = ar.generate(
-            torch.tensor([[ar.config.bos_token_id, *start[:first]]]).expand(size, -1),
-            max_new_tokens=start.count(self.mask),
-            do_sample=True,
-            temperature=self.model.generation_config.temperature,
-            top_k=0,
-            suppress_tokens=None if start[-1] == self.mask else [self.tokenizer.eos_token_id],  # a gap has no end
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )[:, 1 + first :]
-        end = torch.tensor(start[first + start.count(self.mask) :])
-        x_BL = torch.tensor(start).expand(size, -1).clone()
-        x_BL[:, first : first + new.shape[1]] = new
-        x_BL[x_BL == self.mask] = self.tokenizer.pad_token_id
-        if len(end):
-            x_BL[:, -len(end) :] = end
-        return x_BL
-
 
 def measured(writer: Writer, found: dict, start: list[int]) -> dict:
     """What the judge says of texts, from the first blank on."""
     x_BL, first = found["ids"], start.index(writer.mask)
     read = writer.judge.read(x_BL, (torch.arange(x_BL.shape[1]) >= first).expand_as(x_BL))
-    within_BL = before_end(x_BL, writer.tokenizer.eos_token_id)
-    entropy = torch.cat([token_entropy(x_L[where_L][None]) for x_L, where_L in zip(x_BL, within_BL, strict=True)])
+    entropy = torch.tensor(entropies(x_BL, writer.tokenizer.eos_token_id), dtype=torch.float64)
     return {
         "judge": ratio(read["bits"], read["characters"]),
         "known_words": summary(torch.tensor(read["known_words"])),

@@ -458,6 +458,17 @@ class DocumentBlocks(PackedTokens):
         return torch.from_numpy(self.tokens[places_BL].astype(np.int64))
 
 
+def spread_blocks(
+    source: str, tokenizer: PreTrainedTokenizerFast, length: int, cache_dir: Path, split: str, number: int
+) -> torch.Tensor:
+    """(B, L) blocks of a data set, evenly spaced: so many, or all where there are fewer. Each begins with a document
+    where the tokenizer has an EOS, as in training."""
+    tokens, eos = tokenize(source, tokenizer, cache_dir, split), tokenizer.eos_token_id
+    blocks = PackedTokens(tokens, length) if eos is None else DocumentBlocks(tokens, length, eos)
+    B = min(number, len(blocks))
+    return blocks.blocks(torch.arange(B) * len(blocks) // B)
+
+
 def step_batch_indices(
     num_blocks: int, batch_size: int, step: int, seed: int, rank: int = 0, world_size: int = 1
 ) -> torch.Tensor:

@@ -13,7 +13,7 @@ from transformers.utils import cached_file
 
 from modeling_edlm.energies import causal_log_prob
 
-from .metrics import LN2, real_word_share
+from .metrics import LN2, real_word_share, token_entropy
 
 WORDS = "words.txt"  # beside the judge's weights
 
@@ -69,3 +69,9 @@ def before_end(x_BL: torch.Tensor, eos_token_id: int | None) -> torch.Tensor:
         return torch.ones_like(x_BL, dtype=torch.bool)
     is_eos_BL = x_BL == eos_token_id
     return is_eos_BL.cumsum(-1) - is_eos_BL.long() == 0
+
+
+def entropies(x_BL: torch.Tensor, eos: int | None) -> list[float]:
+    """Of each text up to its end, of its own token frequencies, in nats."""
+    ends_BL = before_end(x_BL, eos)
+    return [float(token_entropy(x_L[where_L][None])) for x_L, where_L in zip(x_BL, ends_BL, strict=True)]
