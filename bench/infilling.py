@@ -12,10 +12,11 @@ The same seed gives the same gaps, whatever is measured on them, and the same sa
 Cost is counted in tokens computed: each token of a text that a pass of a network reads, and for a pass that goes on
 from a key-value cache each token that is new. A token of the autoregressive model counts `pass_cost`, its parameters
 over those of the denoiser without embeddings. `passes` are these tokens over the length of the text: a pass over the
-whole text is 1, a new token of a draft 1 / L. `AR, re-weighted` has so many drafts that its tokens are those that
-`EDLM, rounds` took for the same gap. `calls` are passes one after another: side by side many count as one.
+whole text is 1, a new token of a draft 1 / L. `calls` are passes one after another: side by side many count as one.
+`AR, re-weighted` has so many drafts that its tokens are those that `EDLM, rounds` took for the same gap, unless
+`--drafts` says how many.
 
-Shapes: B texts, L length, D drafts, V vocabulary, C tokens from the first gap on.
+Shapes: B texts, L length, D drafts, V vocabulary, C tokens read together.
 """
 
 import copy
@@ -68,6 +69,7 @@ class InfillingArguments(CommaLists):
     rounds: int = field(default=64, metadata={"help": "of the corrector; without an energy as many passes of rounds"})
     corrector_size: int = field(default=4, metadata={"help": "tokens masked in a round, or all of a smaller gap"})
     corrector_candidates: int = field(default=2, metadata={"help": "of a round, the present text among them"})
+    drafts: int = field(default=0, metadata={"help": f"of {WEIGHED}; 0: as many tokens as {REFERENCE} computed"})
     sharpened: float = field(default=0.0, metadata={"help": "a lower corrector_temperature; 0: the folder's"})
     limit_rounds: int = field(default=1024, metadata={"help": f"rounds of {LIMIT}"})
     limit_gaps: int = field(default=32, metadata={"help": f"gaps of each kind for {LIMIT}"})
@@ -96,8 +98,9 @@ class InfillingArguments(CommaLists):
         for name, found, known in (("kinds", self.listed("kinds"), KINDS), ("methods", self.chosen, METHODS)):
             if not found or set(found) - set(known):
                 raise ValueError(f"{name} must be of {'; '.join(known)}, got {getattr(self, name)!r}")
-        if self.sharpened < 0:
-            raise ValueError(f"sharpened must not be negative, got {self.sharpened}")
+        for name in ("sharpened", "drafts"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if len(self.tuples("window", float, "hi:lo")) != 1:
             raise ValueError(f"window must be one hi:lo, got {self.window!r}")
         for temperature in self.listed("temperatures", float) or [0.0]:
@@ -323,7 +326,9 @@ class Methods:
         self.settings = {name: steps | setting for name, setting in self.settings.items()}
 
     def drafts(self, gap: Gap, tokens: float) -> int:
-        """How many of them `AR, re-weighted` may have for so many tokens computed."""
+        """How many of them `AR, re-weighted` has: what is asked for, or may be for so many tokens computed."""
+        if self.arguments.drafts:
+            return self.arguments.drafts
         return max(1, round((tokens / self.cost - gap.first - 1) / (len(gap.x_L) - gap.first - 1)))
 
     def fill(self, method: str, gaps: list[Gap], first_row: int, drafts: list[int]) -> Filled:

@@ -226,6 +226,7 @@ def test_an_interrupted_run_goes_on(root, results, monkeypatch, capsys):
         ({"temperatures": "0"}, "temperature must be positive, got 0.0"),
         ({"start": "AR"}, "start must be MDLM or EDLM, got 'AR'"),
         ({"corrector_size": 0}, "corrector_size must be an integer of at least 1, got 0"),
+        ({"drafts": -1}, "drafts must not be negative, got -1"),
         ({"num_gaps": 1}, "num_gaps must be at least 2, got 1"),
         ({"dtype": "float16"}, "dtype must be float32 or bfloat16, got 'float16'"),
         ({"out": "x.txt"}, "out must end in .json, got '.*x.txt'"),
