@@ -4,7 +4,7 @@ Shapes: B rows of a run, S candidates, R rows of these, L length, V vocabulary, 
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from .backbone import CHUNK, position_chunks, rows_at_once, suppress
 from .vocabulary import log_prob_projected
 
 LEAST = 32  # shared tokens from which on it pays
+PASS = {"cpu": 2**9, "cuda": 2**13}  # tokens that cost about as much as one more pass does
 WIDTH = 16  # they are kept in multiples of this: few different shapes
 BYTES = 2**28  # on a CPU; on a GPU a quarter of what is free
 
@@ -96,6 +97,7 @@ class PrefixCache:
     ) -> None:
         self.network, self.name, self.counted, self.plain = network, name, counted, plain
         self.mask_token_id, self.tokens_B = mask_token_id, tokens_B
+        self.tokens_of_pass = PASS.get(tokens_B.device.type, PASS["cuda"])
         sizes, budget = network.config.get_text_config(), BYTES
         if tokens_B.device.type == "cuda":
             budget = torch.cuda.mem_get_info(tokens_B.device)[0] // 4
@@ -133,28 +135,22 @@ class PrefixCache:
         )
         is_kept_SL = self.x_BL[row_S.clamp(max=self.num_rows - 1)] == xt_SL
         kept_S = torch.minimum(is_kept_SL.long().cumprod(-1).sum(-1), first_S)
-        first, kept, row = torch.stack((first_S, kept_S, row_S)).cpu()
-        energy_S, waiting = torch.empty_like(log_mu_S), first.argsort(stable=True)
-        while len(waiting):
-            start = int(first[waiting[0]]) // WIDTH * WIDTH
-            size = rows_at_once(self.network, L - start if start < L else L)
-            if self.network.config.model_type != "edlm":  # it gives the logits of whole rows
-                size = max(1, min(size, CHUNK // (L * self.network.config.get_text_config().vocab_size)))
-            if start < LEAST:
-                size = min(size, int((first < LEAST).sum()))
-            on_cpu, waiting = waiting[:size], waiting[size:]
+        first, kept, row = torch.stack((first_S, kept_S, row_S)).cpu()  # the one wait
+        energy_S = torch.empty_like(log_mu_S)
+        for on_cpu, start in self._groups(torch.where(first < LEAST, 0, first), L):
             on = on_cpu.to(x_SL.device)
             now_row = row_S[on]
-            if start < LEAST:
+            if start == 0:
                 parts = (z if z is None else z[on] for z in given)
                 x, xt, mask = parts
                 now_t = t[on] if isinstance(t, Tensor) and t.ndim else t
                 energy_S[on] = self.plain(x, xt, now_t, mask, log_mu_S[on])
                 self.tokens_B.index_add_(0, now_row, torch.full_like(now_row, L))
                 continue
-            short = on_cpu[kept[on_cpu] < start]
-            for part in short.split(rows_at_once(self.network, start)) if len(short) else ():
-                self._extend(part, row, kept, xt_SL, start)
+            one = list({int(row[i]): int(i) for i in on_cpu if kept[i] < start}.values())  # of each row
+            for part, begin in self._groups(kept[one], start):
+                of_part = torch.tensor(one)[part].to(x_SL.device)
+                self._extend(row_S[of_part], xt_SL[of_part, :start], begin)
             log_p_S = self.log_p_BL[now_row, :start].where(where_SL[on, :start], 0.0).sum(-1)
             if start < L:
                 inputs_SL, cache = behind_bos(x_SL[on], self.bos)[:, start:], self._cache(now_row, start)
@@ -164,6 +160,19 @@ class PrefixCache:
             self.tokens_B.index_add_(0, now_row, torch.full_like(now_row, L - start))
         return energy_S
 
+    def _groups(self, start_S: Tensor, end: int) -> Iterator[tuple[Tensor, int]]:
+        """Indices that go into one pass, from where on it computes: what it computes in vain costs no more than a pass
+        of their own would."""
+        start_S, order_S = (start_S // WIDTH * WIDTH).sort(stable=True)
+        while len(start_S):
+            start = int(start_S[0])
+            size = int(((start_S - start).cumsum(0) <= self.tokens_of_pass).sum())
+            size = min(size, rows_at_once(self.network, max(end - start, 1)))
+            if self.network.config.model_type != "edlm":  # it gives the logits of whole rows
+                size = max(1, min(size, CHUNK // (end * self.network.config.get_text_config().vocab_size)))
+            yield order_S[:size], start
+            start_S, order_S = start_S[size:], order_S[size:]
+
     def _cache(self, row_R: Tensor, start: int) -> dict[str, DynamicCache]:
         """What is kept of some rows before a position."""
         cache = DynamicCache(config=self.network.config)
@@ -171,12 +180,9 @@ class PrefixCache:
             cache.update(keys[row_R, :, :start], values[row_R, :, :start], i)
         return {self.name: cache}
 
-    def _extend(self, on: Tensor, row: Tensor, kept: Tensor, xt_SL: Tensor, end: int) -> None:
-        """Keep the first `end` tokens of the rows of these candidates (on the CPU), from the first one that is new."""
-        one = {int(row[i]): int(i) for i in on}  # of each row
-        start = int(kept[on].min()) // WIDTH * WIDTH
-        row_R = torch.tensor(list(one), device=xt_SL.device)
-        x_RL = xt_SL[torch.tensor(list(one.values()), device=xt_SL.device), :end]
+    def _extend(self, row_R: Tensor, x_RL: Tensor, start: int) -> None:
+        """Keep these first tokens of some rows, which are kept already up to a place."""
+        end = x_RL.shape[1]
         cache, inputs_RL = self._cache(row_R, start), behind_bos(x_RL, self.bos)[:, start:]
         log_p_RL = token_log_probs(self.network, inputs_RL, x_RL[:, start:], None, self.mask_token_id, cache)
         for i, layer in enumerate(cache[self.name].layers):

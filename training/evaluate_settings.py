@@ -91,15 +91,6 @@ class SettingsArguments(CommaLists):
         found = self.tuples("correctors", float, "rounds:size:k:temperature")
         return [(int(rounds), int(size), int(k), temperature) for rounds, size, k, temperature in found]
 
-    def tuples(self, name: str, kind: type, form: str) -> list[tuple]:
-        try:
-            found = [tuple(kind(part) for part in item.split(":")) for item in self.listed(name)]
-        except ValueError:
-            found = [()]
-        if any(len(item) != len(form.split(":")) for item in found):
-            raise ValueError(f"{name} must be {form} with commas between, got {getattr(self, name)!r}")
-        return found
-
 
 if __name__ == "__main__":
     answer_early(SettingsArguments, __doc__)
@@ -112,7 +103,7 @@ from transformers import AutoTokenizer
 from modeling_edlm import EDLMGenerationConfig, EDLMModel
 from modeling_edlm.likelihood import likelihood_terms
 
-from .common.checkpoint import fingerprint
+from .common.checkpoint import fingerprint, weights_hash
 from .common.components import load_variants, pass_cost
 from .common.data import spread_blocks
 from .common.judge import Judge, entropies
@@ -282,10 +273,8 @@ def main(argv: list[str] | None = None) -> None:
     if not variants:
         raise ValueError(f"model must have an energy, or energies be given, got {arguments.model!r}")
     judge = Judge.load(arguments.judge, tokenizer)
-    weights = {name: fingerprint([v for _, v in sorted(m.state_dict().items())]) for name, m in variants.items()}
-    own = {fingerprint([v for _, v in sorted(m.energy_model.state_dict().items())]) for m in variants.values()}
-    if (weights_of_judge := fingerprint([v for _, v in sorted(judge.scorer.state_dict().items())])) in own:
-        raise ValueError(f"judge={arguments.judge!r} is the energy itself, which may not judge its own texts")
+    weights = {name: weights_hash(model) for name, model in variants.items()}
+    weights_of_judge = judge.weights_hash([model.energy_model for model in variants.values()], arguments.judge)
 
     first = next(iter(variants.values()))
     length, eos = first.config.max_position_embeddings, tokenizer.eos_token_id

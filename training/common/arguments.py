@@ -29,6 +29,16 @@ class CommaLists:
         except ValueError:
             raise ValueError(f"{name} must be numbers with commas between, got {getattr(self, name)!r}") from None
 
+    def tuples(self, name: str, kind: type, form: str) -> list[tuple]:
+        """The values of a comma list of tuples such as "0.4:0"; `form` is what a message calls their parts."""
+        try:
+            found = [tuple(kind(part) for part in item.split(":")) for item in self.listed(name)]
+        except ValueError:
+            found = [()]
+        if any(len(item) != len(form.split(":")) for item in found):
+            raise ValueError(f"{name} must be {form} with commas between, got {getattr(self, name)!r}")
+        return found
+
 
 @dataclass(kw_only=True)
 class LoopArguments:

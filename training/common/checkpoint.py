@@ -131,6 +131,11 @@ def fingerprint(arrays) -> str:
     return digest.hexdigest()
 
 
+def weights_hash(module: torch.nn.Module) -> str:
+    """SHA-256 of all weights of a network."""
+    return fingerprint([value for _, value in sorted(module.state_dict().items())])
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor on the CPU, gathered from all processes where it is in shards."""
     tensor = tensor.detach()

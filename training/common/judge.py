@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 
 from modeling_edlm.energies import causal_log_prob
 
+from .checkpoint import weights_hash
 from .metrics import LN2, real_word_share, token_entropy
 
 WORDS = "words.txt"  # beside the judge's weights
@@ -34,6 +35,12 @@ class Judge:
         scorer = AutoModelForCausalLM.from_pretrained(folder, subfolder=subfolder, dtype=torch.float32).eval()
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
         return cls(scorer, tokenizer, set(Path(path).read_text(encoding="utf-8").split()))
+
+    def weights_hash(self, energies: list[torch.nn.Module], source: str) -> str:
+        """SHA-256 of its weights; ValueError, which names its source, where these are those of an energy."""
+        if (found := weights_hash(self.scorer)) in map(weights_hash, energies):
+            raise ValueError(f"judge={source!r} is the energy itself, which may not judge its own texts")
+        return found
 
     @torch.no_grad()
     def read(self, x_BL: torch.Tensor, where_BL: torch.Tensor | None = None) -> dict[str, np.ndarray]:
