@@ -144,12 +144,32 @@ class EnergyMixin:
         if (scorer := self.scorer) is None:
             return torch.zeros(x.shape[0], device=x.device)
         if log_mu is None and scorer.needs_log_mu:
-            masked_NL = (xt == self.config.mask_token_id) & (x != self.config.mask_token_id)
-            if attention_mask is not None:
-                masked_NL &= attention_mask.bool()
-            log_p_NL = self.log_p_x0(xt, t, attention_mask).gather(-1, x[..., None])[..., 0]
-            log_mu = torch.where(masked_NL, log_p_NL, 0.0).sum(-1)
+            log_mu = self._log_mu(x, xt, t, attention_mask)
         return scorer(x, xt, t, attention_mask, log_mu)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def score(self, x: Tensor, xt: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """log mu(x | xt) - E(x, xt) of finished texts, (N,) float32, higher is better: log p(x | xt) but for Z, which
+        the texts for one state have in common. With an AR energy it is log p_AR(x).
+
+        Args:
+            x: (N, L) texts. xt: (N, L) the state that they complete; its time is the share of its masks.
+        """
+        is_masked_NL = xt == self.config.mask_token_id
+        if attention_mask is not None:
+            is_masked_NL = is_masked_NL & attention_mask.bool()
+        t_N = is_masked_NL.float().sum(-1) / (xt.shape[1] if attention_mask is None else attention_mask.sum(-1))
+        log_mu_N = self._log_mu(x, xt, t_N, attention_mask)
+        time = 0 * t_N if self.scorer is not None and self.scorer.target == "xs" else t_N
+        return log_mu_N - self.energy(x, xt, time, attention_mask, log_mu_N)
+
+    def _log_mu(self, x: Tensor, xt: Tensor, t: Tensor | float | None, attention_mask: Tensor | None) -> Tensor:
+        """Of what x has in place of masks, (N,)."""
+        masked_NL = (xt == self.config.mask_token_id) & (x != self.config.mask_token_id)
+        if attention_mask is not None:
+            masked_NL &= attention_mask.bool()
+        log_p_NL = self.log_p_x0(xt, t, attention_mask).gather(-1, x[..., None])[..., 0]
+        return torch.where(masked_NL, log_p_NL, 0.0).sum(-1)
 
 
 def check_vocabulary(vocab_size: int, mask_token_id: int, theirs: PreTrainedConfig) -> None:

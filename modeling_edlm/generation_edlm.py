@@ -80,7 +80,7 @@ class EDLMGenerationConfig(GenerationConfig):
         denoiser_batch_size, energy_batch_size: rows denoised, and candidates scored, in one pass; None is what keeps
             the device busy and fits into its free memory. They change speed and memory, and no result.
         use_cache: keep the keys and values of an AR energy for the tokens that all candidates of a row have in common,
-            while they stay the same (at least 32). It changes speed and memory, and no result but by rounding.
+            while they stay the same. It changes speed and memory, and no result but by rounding.
         compile: run the blocks through `torch.compile`, on a GPU as CUDA graphs. The first calls at a length are slow.
         output_history: keep the state after every step.
         return_dict_in_generate: return an `EDLMGenerationOutput` and not just the sequences.

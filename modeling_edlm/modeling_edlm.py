@@ -64,7 +64,7 @@ class EDLMPreTrainedModel(PreTrainedModel):
         return conditioning(t.to(like.device, torch.float32).expand(like.shape[0]))
 
 
-class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMixin, ProposalMixin):
+class EDLMForMaskedLM(EDLMPreTrainedModel, EnergyMixin, EDLMGenerationMixin, EDLMLikelihoodMixin, ProposalMixin):
     """The denoiser alone: a masked diffusion language model (MDLM, arXiv 2406.07524), with `generate()`."""
 
     base_model_prefix = "denoiser"  # where a whole EDLM keeps it

@@ -15,8 +15,8 @@ from transformers.cache_utils import DynamicLayer
 from .backbone import CHUNK, position_chunks, rows_at_once, suppress
 from .vocabulary import log_prob_projected
 
-LEAST = 32  # shared tokens from which on it pays
-PASS = {"cpu": 2**9, "cuda": 2**13}  # tokens that cost about as much as one more pass does
+LEAST = 16  # shared tokens from which on it pays
+PASS = {"cpu": 2**7, "cuda": 2**13}  # tokens that cost about as much as one more pass does
 WIDTH = 16  # they are kept in multiples of this: few different shapes
 BYTES = 2**28  # on a CPU; on a GPU a quarter of what is free
 

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, TextGenerationP
 
 from modeling_edlm import EDLMConfig, EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
 from modeling_edlm.configuration_edlm import CUSTOM_PIPELINES
+from modeling_edlm.energies import causal_log_prob
 from modeling_edlm.pipeline_edlm import EDLMTextGenerationPipeline
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,6 +77,50 @@ def test_texts_are_those_of_generate(pipe, model, tokenizer):
     assert {len(text) for text in expected} == {12}
     tokens = pipe("the city", return_tensors=True, **STEPS)[0]["generated_token_ids"]
     assert tokens == model.generate(ids, **STEPS)[0].tolist()
+
+
+def test_gaps_of_several_tokens(pipe):
+    masks = "[MASK]" * 3
+    expected = texts(pipe(f"the {masks} of [MASK][MASK]", **STEPS))
+    assert texts(pipe("the [MASK 3] of [MASK:2]", **STEPS)) == expected
+    with pytest.raises(ValueError, match=r"a gap must have at least one token, got \[MASK 0\]"):
+        pipe("the [MASK 0] of", **STEPS)
+
+
+@pytest.mark.parametrize("kind", ["ar", "nce", "none"])
+def test_the_best_of_some(tokenizer, kind):
+    """The likeliest ways to fill a gap, the best first, by log mu - E: with an AR energy by log p_AR of the text."""
+    model = randomize(EDLMModel(EDLMConfig(**SIZES, energy_type=kind)))
+    pipe = EDLMTextGenerationPipeline(model=model, tokenizer=copy.deepcopy(tokenizer), device="cpu")
+    prompt, both = "the [MASK 3] of [MASK] a", {"num_return_sequences": 2, **STEPS}
+    canvas = tokenizer("the [MASK][MASK][MASK] of [MASK] a", return_tensors="pt").input_ids
+    x = model.generate(canvas, num_return_sequences=6, **STEPS)
+    score = model.score(x, canvas.expand_as(x))
+    if kind == "ar":
+        energy = model.energy_model.config
+        log_p = causal_log_prob(model.energy_model, x, None, energy.bos_token_id, MASK)
+        torch.testing.assert_close(score, log_p, atol=1e-4, rtol=1e-5)
+    records, best = pipe(prompt, best_of=6, **both), score.argsort(descending=True)[:2]
+    assert texts(records) == decoded(tokenizer, x[best])
+    assert [record["score"] for record in records] == pytest.approx(score[best].tolist(), abs=1e-4)
+    for settings, message in (({"best_of": 1}, "best_of must be .* num_return_sequences=2, got 1"),):
+        with pytest.raises(ValueError, match=message):
+            pipe(prompt, **settings, **both)
+    with pytest.raises(ValueError, match="best_of=6 compares ways to fill gaps"):
+        pipe("the city", best_of=6, **both)
+
+
+def test_the_best_of_some_at_the_end_of_a_text(pipe, model, tokenizer):
+    """What was cut off behind an EOS is not scored."""
+    canvas, x = torch.tensor([[1, MASK, MASK, MASK, MASK]]), torch.tensor([[[1, 2, 5, 5, 5], [1, 2, 3, 4, 6]]])
+    model.generation_config.eos_token_id = 5
+    try:
+        found = pipe._scores(canvas, x, None)
+    finally:
+        model.generation_config.eos_token_id = None
+    mask = torch.tensor([[1, 1, 1, 0, 0]])
+    torch.testing.assert_close(found[0, 0], model.score(x[0, :1], canvas, mask)[0])
+    torch.testing.assert_close(found[0, 1], model.score(x[0, 1:], canvas)[0])
 
 
 def test_arguments_of_the_pipeline_hold_for_its_calls(model, tokenizer):
