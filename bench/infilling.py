@@ -14,7 +14,8 @@ from a key-value cache each token that is new. A token of the autoregressive mod
 over those of the denoiser without embeddings. `passes` are these tokens over the length of the text: a pass over the
 whole text is 1, a new token of a draft 1 / L. `calls` are passes one after another: side by side many count as one.
 `AR, re-weighted` has so many drafts that its tokens are those that `EDLM, rounds` took for the same gap, unless
-`--drafts` says how many.
+`--drafts` says how many. `sharpened` is with p_AR to the power of 1 / `--sharpened`: as what rounds go for, and in the
+weights of the same drafts.
 
 Shapes: B texts, L length, D drafts, V vocabulary, C tokens read together.
 """
@@ -30,8 +31,8 @@ from tqdm.auto import tqdm
 from training.common.arguments import CommaLists, answer_early, command, generation_config, parse_arguments
 
 TRUTH, LEFT, WEIGHED, MDLM, REFERENCE = "true text", "AR, left", "AR, re-weighted", "MDLM", "EDLM, rounds"
-SHARPENED, LIMIT = "EDLM, rounds, sharpened", "AR posterior"
-METHODS = (TRUTH, MDLM, "MDLM, rounds", "EDLM", REFERENCE, SHARPENED, LEFT, WEIGHED, LIMIT)
+SHARPENED, LIMIT, WEIGHED_SHARPENED = "EDLM, rounds, sharpened", "AR posterior", "AR, re-weighted, sharpened"
+METHODS = (TRUTH, MDLM, "MDLM, rounds", "EDLM", REFERENCE, SHARPENED, LEFT, WEIGHED, WEIGHED_SHARPENED, LIMIT)
 ALWAYS = (TRUTH, MDLM, REFERENCE)  # what the others are compared with, and the cost of one of them
 KINDS = ("middle", "sentence", "ending", "scattered", "word")
 SHOWN = 10  # gaps whose texts are kept, of each kind
@@ -67,7 +68,8 @@ class InfillingArguments(CommaLists):
     window: str = field(default="0.4:0", metadata={"help": "hi:lo, the energy of EDLM acts at t in [lo, hi]"})
     start: str = field(default=MDLM, metadata={"help": "MDLM or EDLM: what the rounds with an energy begin with"})
     rounds: int = field(default=64, metadata={"help": "of the corrector; without an energy as many passes of rounds"})
-    corrector_size: int = field(default=4, metadata={"help": "tokens masked in a round, or all of a smaller gap"})
+    corrector_size: int = field(default=2, metadata={"help": "tokens masked in a round, or all of a smaller gap"})
+    corrector_sets: str = field(default="contiguous", metadata={"help": "or random"})
     corrector_candidates: int = field(default=2, metadata={"help": "of a round, the present text among them"})
     drafts: int = field(default=0, metadata={"help": f"of {WEIGHED}; 0: as many tokens as {REFERENCE} computed"})
     sharpened: float = field(default=0.0, metadata={"help": "a lower corrector_temperature; 0: the folder's"})
@@ -105,7 +107,8 @@ class InfillingArguments(CommaLists):
             raise ValueError(f"window must be one hi:lo, got {self.window!r}")
         for temperature in self.listed("temperatures", float) or [0.0]:
             settings = {"temperature": temperature, "energy_window": self.tuples("window", float, "hi:lo")[0]}
-            generation_config(num_steps=self.num_steps, corrector_size=self.corrector_size, **settings)
+            sets = {"corrector_size": self.corrector_size, "corrector_sets": self.corrector_sets}
+            generation_config(num_steps=self.num_steps, **sets, **settings)
 
     @property
     def chosen(self) -> list[str]:
@@ -138,7 +141,7 @@ WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")  # as the judge's list has them
 # ---- the gaps
 
 
-@dataclass
+@dataclass(eq=False)
 class Gap:
     """A text x (L,), what is missing in it, bool (L,), and which gap of its kind it is."""
 
@@ -232,8 +235,18 @@ class Filled:
 class Left:
     """Drafts of an autoregressive model, which has not seen what is on the right of the token it draws."""
 
-    def __init__(self, ar: PreTrainedModel, mask_token_id: int, banned: list[int], seed: int, temperature: float):
-        self.ar, self.mask, self.banned, self.seed, self.temperature = ar, mask_token_id, banned, seed, temperature
+    def __init__(
+        self,
+        ar: PreTrainedModel,
+        mask_token_id: int,
+        banned: list[int],
+        seed: int,
+        temperature: float,
+        sharpened: float = 1.0,
+    ):
+        self.ar, self.mask, self.banned, self.seed = ar, mask_token_id, banned, seed
+        self.temperature, self.sharpened = temperature, sharpened
+        self.found: dict[tuple[Gap, int], tuple] = {}  # of drafts that two methods weigh
 
     def log_p(self, ids_DC: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         """log p of what follows each of these new tokens, (D, C, V)."""
@@ -241,9 +254,9 @@ class Left:
         return (suppress(logits_DCV, self.mask) / self.temperature).log_softmax(-1)
 
     @torch.no_grad()
-    def drafts(self, gap: Gap, number: int, to_end: bool) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    def drafts(self, gap: Gap, number: int, to_end: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
         """Drafts (D, L); log of their importance weights (D,), p of all tokens from the gap on over the probability of
-        what was drawn: p of the text given behind it, up to what is banned; tokens computed; calls.
+        what was drawn: p of the text given behind it, up to what is banned; log of that p (D,); tokens computed; calls.
 
         With `to_end` the weights are of the whole text, else nothing is read that comes after the last gap.
         """
@@ -256,13 +269,14 @@ class Left:
             cache = copy.deepcopy(cache_of_prefix)
             cache.batch_repeat_interleave(len(chunk_D))
             found.append(self._go_on(gap, chunk_D, first, end, log_p_1V.expand(len(chunk_D), -1), cache))
-        x_DL, log_w_D = (torch.cat([part[i] for part in found]) for i in range(2))
-        return x_DL, log_w_D, first + 1 + number * (end - first - 1), 1 + found[0][2]
+        x_DL, log_w_D, log_p_D = (torch.cat([part[i] for part in found]) for i in range(3))
+        return x_DL, log_w_D, log_p_D, first + 1 + number * (end - first - 1), 1 + found[0][3]
 
     def _go_on(
         self, gap: Gap, chunk_D: torch.Tensor, first: int, end: int, log_p_DV: torch.Tensor, cache: DynamicCache
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        x_DL, log_w_D, calls = gap.x_L.repeat(len(chunk_D), 1), torch.zeros(len(chunk_D), dtype=torch.float64), 0
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        x_DL, calls = gap.x_L.repeat(len(chunk_D), 1), 0
+        log_w_D, log_q_D = torch.zeros(2, len(chunk_D), dtype=torch.float64)
         i = first
         while i < end:
             if gap.free_L[i]:
@@ -271,6 +285,7 @@ class Left:
                 log_q_DV[:, self.banned] = -torch.inf
                 drawn_D1, log_q_D1 = draw(log_q_DV, u_D[:, None])
                 log_w_D += (log_p_DV.gather(-1, drawn_D1) - log_q_D1)[:, 0]
+                log_q_D += log_q_D1[:, 0]
                 x_DL[:, i : i + 1], after = drawn_D1, i + 1
             else:  # what is given, up to the next gap
                 after = i + 1
@@ -285,16 +300,22 @@ class Left:
                 log_w_D += log_p_DCV[:, : inside_DC1.shape[1]].gather(-1, inside_DC1).sum((1, 2))
                 log_p_DV = log_p_DCV[:, -1]
             i = after
-        return x_DL, log_w_D, calls
+        return x_DL, log_w_D, log_w_D + log_q_D, calls
 
     def fill(self, gap: Gap) -> tuple[torch.Tensor, int, int]:
-        x_DL, _, tokens, calls = self.drafts(gap, 1, to_end=False)
+        x_DL, _, _, tokens, calls = self.drafts(gap, 1, to_end=False)
         return x_DL[0], tokens, calls
 
-    def fill_weighed(self, gap: Gap, number: int) -> tuple[torch.Tensor, int, int]:
-        """One of the drafts, by its importance weight."""
-        x_DL, log_w_D, tokens, calls = self.drafts(gap, number, to_end=True)
-        return x_DL[int(self.keep(log_w_D[None], torch.tensor([gap.number])))], tokens, calls
+    def fill_weighed(self, gap: Gap, number: int, is_sharpened: bool = False) -> tuple[torch.Tensor, int, int]:
+        """One of the drafts, by its importance weight, that for p to a power if asked for."""
+        key = gap, number
+        if key not in self.found:
+            x_DL, log_w_D, log_p_D, tokens, calls = self.drafts(gap, number, to_end=True)
+            weights = log_w_D, log_w_D + (1 / self.sharpened - 1) * log_p_D
+            kept = [x_DL[int(self.keep(log_w[None], torch.tensor([gap.number])))] for log_w in weights]
+            self.found[key] = *kept, tokens, calls
+        *kept, tokens, calls = self.found[key]
+        return kept[is_sharpened], tokens, calls
 
     def keep(self, log_w_BD: torch.Tensor, number_B: torch.Tensor) -> torch.Tensor:
         """Which draft of each gap is kept, (B,)."""
@@ -308,13 +329,15 @@ class Methods:
         self.model, self.arguments, self.temperature = model, arguments, temperature
         self.banned = [] if eos is None else [eos]
         self.cost = pass_cost(model)
-        self.left = Left(model.energy_model, model.config.mask_token_id, self.banned, arguments.seed, temperature)
+        left = model.energy_model, model.config.mask_token_id, self.banned, arguments.seed, temperature, sharpened
+        self.left = Left(*left)
         k, of_start = arguments.corrector_candidates, arguments.start == "EDLM"
         steps = {"num_steps": arguments.num_steps, "temperature": temperature, "shared_completion": True}
         window = arguments.tuples("window", float, "hi:lo")[0]
         in_loop = {"num_candidates": arguments.num_candidates, "energy_window": window}
         start = in_loop if of_start else {"num_candidates": k, "energy_window": (0.0, 0.0)}  # no step has t = 0
         start |= {"corrector_size": arguments.corrector_size, "corrector_candidates": k}
+        start |= {"corrector_sets": arguments.corrector_sets}
         self.settings = {
             MDLM: {"num_candidates": 1},
             "EDLM": in_loop,
@@ -334,9 +357,10 @@ class Methods:
     def fill(self, method: str, gaps: list[Gap], first_row: int, drafts: list[int]) -> Filled:
         if method == TRUTH:
             return Filled([gap.x_L for gap in gaps], *([0] * len(gaps) for _ in range(4)))
-        if method in (LEFT, WEIGHED):
+        if method in (LEFT, WEIGHED, WEIGHED_SHARPENED):
+            is_sharpened = method == WEIGHED_SHARPENED
             done = [
-                self.left.fill(gap) if method == LEFT else self.left.fill_weighed(gap, number)
+                self.left.fill(gap) if method == LEFT else self.left.fill_weighed(gap, number, is_sharpened)
                 for gap, number in zip(gaps, drafts, strict=True)
             ]
             x, tokens, calls = (list(part) for part in zip(*done, strict=True))
@@ -352,7 +376,7 @@ class Methods:
             logits_processor=[SuppressTokensLogitsProcessor(self.banned)] if self.banned else None,
         )
         lengths_B = is_text_BL.sum(-1)
-        tokens_B = (output.nfe + self.cost * output.energy_nfe) * lengths_B
+        tokens_B = output.nfe * lengths_B + self.cost * output.energy_tokens
         calls_B = output.nfe + (0 if model.scorer is None else (~output.energies.isnan()).sum(-1))
         x = [x_L[:length] for x_L, length in zip(output.sequences, lengths_B.tolist(), strict=True)]
         return Filled(x, *(part_B.tolist() for part_B in (output.nfe, output.energy_nfe, tokens_B, calls_B)))
@@ -449,7 +473,14 @@ def plot(results: dict, path: Path) -> None:
     """Judge's bits over those of the true text, a panel for each kind of gap and temperature; two standard errors."""
     found = groups(results)
     names = [name for name in METHODS if name != TRUTH and any(row["method"] == name for row in results["rows"])]
-    colors = {MDLM: "black", "MDLM, rounds": "dimgray", LEFT: "tab:green", WEIGHED: "tab:olive", LIMIT: "tab:red"}
+    colors = {
+        MDLM: "black",
+        "MDLM, rounds": "dimgray",
+        LEFT: "tab:green",
+        WEIGHED: "tab:olive",
+        WEIGHED_SHARPENED: "y",
+        LIMIT: "tab:red",
+    }
     figure = Figure(figsize=(3.5 + 3 * len(found), 1.4 + 0.36 * len(names)), layout="constrained")
     panels = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
     for axes, ((kind, temperature), rows) in zip(panels, found.items(), strict=True):
@@ -475,7 +506,7 @@ def measure(method: str, gaps: list[Gap], methods: Methods, judge: Judge, store:
     ordered = sorted(gaps, key=lambda gap: (len(gap.x_L), gap.number))  # little padding
     for start in range(0, len(ordered), size):
         now = ordered[start : start + size]
-        drafts = [methods.drafts(gap, spent[gap.number]) if method == WEIGHED else 1 for gap in now]
+        drafts = [methods.drafts(gap, spent[gap.number]) if "weighted" in method else 1 for gap in now]
 
         def make(now=now, start=start, drafts=drafts) -> dict:
             begun = time.perf_counter()

@@ -19,8 +19,8 @@ class EDLMTextGenerationPipeline(TextGenerationPipeline):
     A prompt that has mask tokens is filled in and comes back as a whole; `[MASK 12]` or `[MASK:12]` is twelve of them.
     With `best_of=n` it is filled in n times, and the `num_return_sequences` likeliest come back, the best one first,
     each with its "score" (see `EnergyMixin.score`). An empty prompt gives a free sample. A seed fixes the text of
-    every batch by itself: without `batch_size`, equal prompts get equal texts. A model that is passed as an object needs
-    `pipeline_class=EDLMTextGenerationPipeline`: the library looks for this class only in a folder or repo.
+    every batch by itself: without `batch_size`, equal prompts get equal texts. A model that is passed as an object
+    needs `pipeline_class=EDLMTextGenerationPipeline`: the library looks for this class only in a folder or repo.
     """
 
     # The library would put defaults of autoregressive decoding, such as 256 new tokens, before the checkpoint's own.

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from bench import infilling
-from bench.infilling import KINDS, LEFT, METHODS, REFERENCE, TRUTH, WEIGHED, Gap, Left
+from bench.infilling import KINDS, LEFT, METHODS, REFERENCE, TRUTH, WEIGHED, WEIGHED_SHARPENED, Gap, Left
 from modeling_edlm import EDLMConfig, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
 from modeling_edlm.energies import causal_log_prob
 from support.toy import MASK, completions, law_p_k, make_toy, p_value
@@ -110,10 +110,11 @@ def test_given_text_stays_and_nothing_ends_in_a_gap(root, gaps):
         for gap, x_L in zip(now, filled.x, strict=True):
             assert x_L.shape == gap.x_L.shape and torch.equal(x_L[~gap.free_L], gap.x_L[~gap.free_L])
             assert not set(x_L[gap.free_L].tolist()) & {2, model.config.mask_token_id}
-        if name not in (TRUTH, LEFT, WEIGHED):
-            passes = [n + e * methods.cost for n, e in zip(filled.nfe, filled.energy_nfe, strict=True)]
-            lengths = [len(gap.x_L) for gap in now]
-            assert filled.tokens == pytest.approx([p * size for p, size in zip(passes, lengths, strict=True)])
+        if name not in (TRUTH, LEFT, WEIGHED, WEIGHED_SHARPENED):
+            longest = max(len(gap.x_L) for gap in now)
+            for gap, n, e, tokens in zip(now, filled.nfe, filled.energy_nfe, filled.tokens, strict=True):
+                computed = tokens - n * len(gap.x_L)  # by the energy: what is kept is not computed again
+                assert 0 <= computed <= e * methods.cost * longest and (computed > 0) == (e > 0)
 
 
 @pytest.mark.parametrize("free", [(1, 2), (0, 2)])
@@ -140,7 +141,7 @@ def test_law_of_drafts(free, monkeypatch):
     log_q_C = sum(log_p(i) - torch.log1p(-log_p_of_banned(i).exp()) for i in free).detach()
     log_w_C = (sum(log_p(i) for i in range(free[0], 4)) - log_q_C).detach()
     left = Left(ar, MASK, [1], seed=0, temperature=1.0)
-    x_DL, log_w_D, tokens, calls = left.drafts(Gap(0, truth, is_free_L), 12_000, to_end=True)
+    x_DL, log_w_D, log_p_D, tokens, calls = left.drafts(Gap(0, truth, is_free_L), 12_000, to_end=True)
     assert (tokens, calls) == (free[0] + 1 + 12_000 * (3 - free[0]), 3 if free == (1, 2) else 4)
     assert p_value(x_DL, dict(zip(texts, log_q_C.exp().tolist(), strict=True))) > 1e-4
     which_D = (x_DL[:, None] == x_CL).all(-1).long().argmax(-1)
@@ -150,6 +151,14 @@ def test_law_of_drafts(free, monkeypatch):
     law_C = law_p_k(log_q_C, -log_w_C, 3)
     assert p_value(kept_BL, dict(zip(texts, law_C.tolist(), strict=True))) > 1e-4
     assert p_value(kept_BL, dict(zip(texts, log_q_C.exp().tolist(), strict=True))) < 1e-4  # the test can tell
+    assert log_p_D == pytest.approx((log_w_C + log_q_C)[which_D], abs=1e-5)
+    left.sharpened = 0.5
+    kept = {
+        is_sharpened: left.fill_weighed(Gap(0, truth, is_free_L), 12_000, is_sharpened)[0] for is_sharpened in (0, 1)
+    }
+    sharp_D, number = log_w_D + log_p_D, torch.tensor([0])  # p to the power of 2 over what was drawn
+    assert torch.equal(kept[0], x_DL[int(left.keep(log_w_D[None], number))])
+    assert torch.equal(kept[1], x_DL[int(left.keep(sharp_D[None], number))])
     few, *_ = left.drafts(Gap(0, truth, is_free_L), 1, to_end=False)
     assert torch.equal(few[0], x_DL[0])  # the first draft
 
