@@ -3,6 +3,7 @@
 Shapes: N rows, K candidates, L length, V vocabulary, M selected positions (flat indices into N * L).
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,30 @@ from .vocabulary import draw_projected
 
 ADAPTER_FOLDER = "energy"  # within the folder of a whole model
 WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision")  # of the files of a model
+UNSUPPORTED = ("inputs_embeds", "output_attentions", "output_hidden_states")  # what PEFT names to every model, as None
+
+
+def library_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A `forward` with the library's `return_dict`; what it does not support is an error only where it is asked for."""
+
+    @functools.wraps(forward)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for name in UNSUPPORTED:
+            value = kwargs.pop(name, None)
+            if value is not None and value is not False:
+                raise ValueError(f"{type(self).__name__} does not support {name}, got {_shown(value)}")
+        return forward(self, *args, **kwargs)
+
+    return can_return_tuple(checked)
+
+
+def mean_loss(loss_M: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """The mean where a label is not -100; or, of the number of labels that one optimizer step is made of, this batch's
+    part of their mean: the library's Trainer asks for it, so that accumulation gives the gradient of the large batch.
+    """
+    counts_M = labels.flatten() != -100
+    number = counts_M.sum() if num_items_in_batch is None else num_items_in_batch
+    return loss_M.where(counts_M, 0.0).sum() / number
 
 
 class EDLMPreTrainedModel(PreTrainedModel):
@@ -38,6 +63,7 @@ class EDLMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _no_split_modules = ["Block"]
+    accepts_loss_kwargs = True  # each forward with labels takes `num_items_in_batch`: the Trainer need not guess
     to: Callable[..., Self]  # type: ignore[assignment]  # the library's has lost its type
 
     @torch.no_grad()
@@ -52,6 +78,11 @@ class EDLMPreTrainedModel(PreTrainedModel):
             names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise ValueError(f"{args[0] if args else 'the checkpoint'} lacks {len(missing)} weights: {names}")
         return (model, info) if output_loading_info else model
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        log_p_MV = log_probs(logits, self.config.mask_token_id).flatten(0, -2)
+        loss_M = nn.functional.nll_loss(log_p_MV, labels.flatten().long(), reduction="none")
+        return mean_loss(loss_M, labels, num_items_in_batch)
 
     def noise(self, t: Tensor | float | None, like: Tensor) -> Tensor | None:
         """What the network is told of the time: None without time conditioning, else (N,)."""
@@ -94,7 +125,7 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMi
     def get_output_embeddings(self) -> nn.Linear:
         return self.head.linear
 
-    @can_return_tuple
+    @library_forward
     def forward(
         self,
         input_ids: Tensor,
@@ -103,6 +134,7 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMi
         positions: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> MaskedLMOutput:
         """Raw logits of the clean token at every position.
 
@@ -111,15 +143,15 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMi
             t: times in [0, 1], scalar or (N,); only read by a model with time conditioning.
             positions: (M,) flat indices into N * L: project only these.
             labels: (N, L), -100 where no loss is taken; the loss is the mean cross-entropy.
+            num_items_in_batch: what the sum is divided by in place of the number of labels, see `mean_loss`.
         Returns:
             `logits` (N, L, V), or (M, V) when positions are given.
         """
         logits = self.head(*self.encode(input_ids, t, attention_mask, position_ids), positions)
         loss = None
         if labels is not None:
-            labels = labels.flatten() if positions is None else labels.flatten()[positions]
-            log_p = log_probs(logits, self.config.mask_token_id)
-            loss = nn.functional.nll_loss(log_p.view(-1, log_p.shape[-1]), labels)
+            labels = labels if positions is None else labels.flatten()[positions]
+            loss = self._cross_entropy(logits, labels, num_items_in_batch)
         return MaskedLMOutput(loss=loss, logits=logits)
 
     def encode(
@@ -208,7 +240,7 @@ class EDLMForCausalLM(EDLMPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Linear:
         return self.head.linear
 
-    @can_return_tuple
+    @library_forward
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -220,12 +252,14 @@ class EDLMForCausalLM(EDLMPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         positions: Tensor | None = None,
         logits_to_keep: int = 0,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> CausalLMOutputWithPast:
         """Raw logits (N, L, V) of the next token; `positions` (M,), flat, or `logits_to_keep` project fewer rows.
 
-        `labels` (N, L) are shifted inside, as in every causal language model of the library; -100 is left out. The
-        keys and values of earlier tokens are `cache` to transformers 5.24 and newer, `past_key_values` to older ones:
-        both are taken, and the output has the library's own name.
+        `labels` (N, L) are shifted inside, as in every causal language model of the library; -100 is left out, and
+        `num_items_in_batch` is what the sum is divided by in place of their number, see `mean_loss`. They need the
+        logits of all positions. The keys and values of earlier tokens are `cache` to transformers 5.24 and newer,
+        `past_key_values` to older ones: both are taken, and the output has the library's own name.
         """
         if cache is not None and past_key_values is not None:
             raise ValueError("cache and past_key_values are two names of one argument: give one of them")
@@ -238,8 +272,9 @@ class EDLMForCausalLM(EDLMPreTrainedModel, GenerationMixin):
         logits = self.head(hidden, cond, positions)
         loss = None
         if labels is not None:
-            log_p = log_probs(logits[:, :-1], self.config.mask_token_id)
-            loss = nn.functional.nll_loss(log_p.flatten(0, 1), labels[:, 1:].flatten())
+            if positions is not None or logits_to_keep:
+                raise ValueError("labels need all logits: leave positions and logits_to_keep out")
+            loss = self._cross_entropy(logits[:, :-1], labels[:, 1:], num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})  # type: ignore[arg-type]
 
     def encode(
@@ -343,26 +378,34 @@ class EDLMEnergyModel(EDLMPreTrainedModel):
             raise ValueError("this energy is an adapter: save the EDLMModel that has it, or merge it (from_adapter)")
         super().save_pretrained(*args, **kwargs)
 
-    @can_return_tuple
+    @library_forward
     def forward(
         self,
         input_ids: Tensor,
         xt: Tensor | None = None,
         t: Tensor | float | None = None,
         attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> SequenceClassifierOutput:
         """Energies of candidates.
 
         Args:
             input_ids: (N, L) candidates, x0 or xs. xt: (N, L) the masked state they complete. t: its time (for a
                 step energy: the time of xs), scalar or (N,).
+            labels: (N,), 1 for data and 0 for what the denoiser has drawn: the loss is that of noise contrastive
+                estimation, softplus(E) and softplus(-E), mean over rows. num_items_in_batch: see `mean_loss`.
         Returns:
             `logits` (N, 1) float32, the energies.
         """
         if xt is None:
             raise ValueError("xt must be given: an energy scores a completion of xt, got None")
         energy_N = self.network(input_ids, xt, self.noise(t, input_ids), attention_mask)
-        return SequenceClassifierOutput(logits=energy_N[:, None])
+        loss = None
+        if labels is not None:
+            loss_N = nn.functional.softplus(torch.where(labels.bool(), energy_N, -energy_N))
+            loss = mean_loss(loss_N, labels, num_items_in_batch)
+        return SequenceClassifierOutput(loss=loss, logits=energy_N[:, None])
 
 
 class EDLMModel(EDLMPreTrainedModel, EnergyMixin, EDLMGenerationMixin, EDLMLikelihoodMixin):
@@ -496,13 +539,27 @@ class EDLMModel(EDLMPreTrainedModel, EnergyMixin, EDLMGenerationMixin, EDLMLikel
     def get_output_embeddings(self) -> nn.Linear:
         return self.denoiser.get_output_embeddings()
 
-    def forward(self, *args: Any, **kwargs: Any) -> MaskedLMOutput:
-        """The denoiser's forward pass."""
-        return self.denoiser(*args, **kwargs)
+    @library_forward
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        t: Tensor | float | None = None,
+        positions: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> MaskedLMOutput:
+        """The denoiser's forward pass, see `EDLMForMaskedLM.forward`."""
+        return self.denoiser(input_ids, attention_mask, t, positions, position_ids, labels, num_items_in_batch)
 
     def log_p_x0(self, xt: Tensor, t: Tensor | float | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """SUBS log-probabilities (N, L, V) of the denoiser, float32."""
         return self.denoiser.log_p_x0(xt, t, attention_mask)
+
+
+def _shown(value: Any) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def _keep(part: Any) -> Any:

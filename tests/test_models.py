@@ -1,5 +1,6 @@
 """Configuration, networks, round trips through a folder, and loading without the package."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -9,11 +10,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from test_sampler import chi_square
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+)
 
 from modeling_edlm import EDLMConfig, EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
 from modeling_edlm.backbone import CACHE, apply_linear
@@ -211,16 +220,109 @@ def test_autoregressive_text_follows_its_models_own_law(use_cache):
     assert chi_square(counts_N, log_p_N.detach().exp()) > 1e-6
 
 
-@pytest.mark.parametrize("cls", [EDLMForMaskedLM, EDLMForCausalLM, EDLMEnergyModel, EDLMModel])
+CLASSES = [EDLMForMaskedLM, EDLMForCausalLM, EDLMEnergyModel, EDLMModel]
+
+
+def small(cls, **changes):
+    return cls(EDLMConfig(**SMALL, energy_type="nce" if cls is EDLMEnergyModel else "none", **changes))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
 def test_an_argument_that_forward_does_not_know_is_an_error(cls):
     """One that is swallowed is how transformers 5.24 lost the cache of the autoregressive model. The library's own
-    `return_dict` is known."""
-    model = cls(EDLMConfig(**SMALL, energy_type="nce" if cls is EDLMEnergyModel else "none"))
+    `return_dict` is known. What a Trainer keeps of a data set are the names in the signature.
+    """
+    model = small(cls)
     x = torch.zeros(1, 3, dtype=torch.int64)
     more = {"xt": x} if cls is EDLMEnergyModel else {}
-    with pytest.raises(TypeError, match="the_cache"):
-        model(x, **more, the_cache=None)
+    for name in ("the_cache", "label", "position_id"):
+        with pytest.raises(TypeError, match=f"'{name}'"):
+            model(x, **more, **{name: None})
     assert torch.equal(model(x, **more, return_dict=False)[0], model(x, **more, return_dict=True).logits)
+    parameters = inspect.signature(cls.forward).parameters.values()
+    assert {p.kind for p in parameters} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    assert {"input_ids", "attention_mask", "labels", "num_items_in_batch"} <= {p.name for p in parameters}
+    shown = {"inputs_embeds": (torch.zeros(1, 3, 16), "a tensor .1, 3, 16."), "output_attentions": (True, "True")}
+    for name, (value, text) in (shown | {"output_hidden_states": (True, "True")}).items():
+        assert model(x, **more, **{name: None}).logits.shape[0] == 1  # PEFT names them to every model
+        with pytest.raises(ValueError, match=f"{cls.__name__} does not support {name}, got {text}"):
+            model(x, **more, **{name: value})
+
+
+def test_a_whole_edlm_passes_on_all_that_its_denoiser_takes():
+    model = randomize(EDLMModel(EDLMConfig(**SMALL | {"time_conditioning": True})))
+    x, positions, t = torch.randint(0, 12, (2, 6)), torch.tensor([0, 3, 11]), torch.tensor([0.2, 0.9])
+    mask, places = torch.ones_like(x), torch.arange(6).expand(2, -1) + 3
+    mask[0, :2] = 0
+    call = dict(attention_mask=mask, t=t, positions=positions, position_ids=places, labels=x % 11, num_items_in_batch=7)
+    whole, denoiser = model(x, **call), model.denoiser(x, **call)
+    assert torch.equal(whole.logits, denoiser.logits) and torch.equal(whole.loss, denoiser.loss)
+    assert model(x, mask, t, positions).logits.shape == (3, 12)
+
+
+def test_losses_are_means_over_the_labels_that_count():
+    x, labels = torch.randint(0, 11, (3, 6)), torch.randint(0, 11, (3, 6), dtype=torch.int32)
+    labels[0, :4] = labels[2] = -100
+    for cls in (EDLMForMaskedLM, EDLMForCausalLM):
+        model = randomize(small(cls))
+        log_p, shift = model(x).logits[..., :11].log_softmax(-1), int(cls is EDLMForCausalLM)  # no mass on the mask
+        places = [(n, i) for n in range(3) for i in range(shift, 6) if labels[n, i] != -100]
+        nll = -sum(log_p[n, i - shift, labels[n, i]] for n, i in places)
+        torch.testing.assert_close(model(x, labels=labels).loss, nll / len(places))
+        torch.testing.assert_close(model(x, labels=labels, num_items_in_batch=40).loss, nll / 40)
+    with pytest.raises(ValueError, match="labels need all logits"):
+        model(x, labels=labels, logits_to_keep=1)
+    energy, xt = randomize(small(EDLMEnergyModel)), torch.full_like(x, 11)
+    e = energy(x, xt).logits[:, 0]
+    loss = energy(x, xt, labels=torch.tensor([1, 0, -100])).loss
+    torch.testing.assert_close(2 * loss, nce_loss(e[:1], e[1:2]))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_accumulation_in_the_librarys_trainer_gives_the_step_of_the_large_batch(cls, tmp_path):
+    """Rows with different numbers of labels, one at a time or all at once: the same loss, gradient and weights. A
+    Trainer keeps the columns that `forward` names.
+    """
+    torch.manual_seed(0)
+    x = torch.randint(0, 11, (4, 6))
+    labels = x.clone()
+    for row, gone in enumerate((0, 5, 3, 1)):
+        labels[row, :gone] = -100
+    rows = [{"input_ids": a, "labels": b} for a, b in zip(x, labels, strict=True)]
+    if cls is EDLMEnergyModel:
+        rows = [{"input_ids": a, "xt": torch.full((6,), 11), "labels": n % 2} for n, a in enumerate(x)]
+    data = Dataset.from_list(
+        [{k: v.tolist() if torch.is_tensor(v) else v for k, v in r.items()} | {"n": 1} for r in rows]
+    )
+    steps = []
+    for batch_size in (1, 4):
+        model = randomize(small(cls, dropout=0.0))
+        accumulation = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 4 // batch_size}
+        more = {"max_steps": 1, "logging_steps": 1, "optim": "sgd", "learning_rate": 0.1, "report_to": "none"}
+        options = TrainingArguments(tmp_path, **accumulation, **more, use_cpu=True, disable_tqdm=True)
+        trainer = Trainer(model, options, train_dataset=data, eval_dataset=data)
+        trainer.train()
+        log = trainer.state.log_history[0]
+        steps.append((log["loss"], log["grad_norm"], model.state_dict()))
+        evaluated = trainer.evaluate()["eval_loss"]
+    for one, four in zip(steps[0][2].values(), steps[1][2].values(), strict=True):
+        torch.testing.assert_close(one, four, atol=1e-6, rtol=1e-5)
+    assert steps[0][:2] == pytest.approx(steps[1][:2], rel=1e-4) and steps[0][1] > 0
+    batch = {k: torch.stack([torch.as_tensor(row[k]) for row in rows]) for k in rows[0]}
+    assert evaluated == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+    assert steps[0][0] == pytest.approx(randomize(small(cls, dropout=0.0))(**batch).loss.item(), rel=1e-4)
+
+
+def test_texts_of_the_librarys_sequence_trainer(tmp_path):
+    """Its own arguments of `generate()` (`synced_gpus`, the labels) pass through the autoregressive model."""
+    model, x = randomize(small(EDLMForCausalLM, pad_token_id=0, eos_token_id=0)), torch.randint(1, 11, (3, 4))
+    options = {"predict_with_generate": True, "generation_max_length": 7, "generation_num_beams": 2}
+    arguments = Seq2SeqTrainingArguments(tmp_path, **options, report_to="none", use_cpu=True, disable_tqdm=True)
+    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in x]
+    found = Seq2SeqTrainer(model, arguments).predict(rows)
+    expected = model.generate(x, attention_mask=torch.ones_like(x), max_length=7, num_beams=2)
+    assert torch.equal(torch.tensor(found.predictions)[:, :7], expected)  # the rest is padding
+    assert found.metrics["test_loss"] == pytest.approx(model(x, labels=x).loss.item(), rel=1e-5)
 
 
 def test_positions_project_the_same_rows():
