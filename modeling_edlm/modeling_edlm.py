@@ -3,6 +3,7 @@
 Shapes: N rows, K candidates, L length, V vocabulary, M selected positions (flat indices into N * L).
 """
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,15 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
@@ -287,10 +296,28 @@ class EDLMForCausalLM(EDLMPreTrainedModel, GenerationMixin):
         """The last hidden states (N, L, D) and the conditioning, from which `head` projects what is needed."""
         return self.backbone(input_ids, None, attention_mask, position_ids, cache)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The library's autoregressive generation; no text holds the mask token, and the BOS starts it."""
-        kwargs["suppress_tokens"] = [self.config.mask_token_id, *(kwargs.get("suppress_tokens") or [])]
-        return super().generate(*args, **{"bos_token_id": self.config.bos_token_id} | kwargs)
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The library's autoregressive generation. No text holds the mask token, and where neither the call nor a
+        configuration has another `bos_token_id`, that of the model starts it.
+        """
+
+        def asked(name: str) -> Any:  # in the library's order: what is None stands back
+            own = vars(self.generation_config)
+            sources = kwargs, own if generation_config is None else vars(generation_config), own
+            return next((source[name] for source in sources if source.get(name) is not None), None)
+
+        bos, mask = asked("bos_token_id"), self.config.mask_token_id
+        changes = {"bos_token_id": self.config.bos_token_id if bos is None else bos}
+        changes["suppress_tokens"] = [mask, *(asked("suppress_tokens") or ())]
+        if generation_config is None:
+            kwargs |= changes
+        else:  # in a copy: the library warns of a configuration beside arguments
+            kwargs = {name: value for name, value in kwargs.items() if name not in changes}
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.update(**changes)
+        return super().generate(inputs, generation_config, *args, **kwargs)
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """Called by `from_pretrained`. The library would put the custom_generate/ of the repo, which is the sampler for

@@ -16,6 +16,7 @@ from test_sampler import chi_square
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import (
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     Seq2SeqTrainer,
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 from modeling_edlm import EDLMConfig, EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
-from modeling_edlm.backbone import CACHE, apply_linear
+from modeling_edlm.backbone import CACHE, apply_linear, compiled
 from modeling_edlm.energies import causal_log_prob
 from support.toy import MASK, make_toy
 from training.common.contrast import nce_loss
@@ -190,6 +191,25 @@ def test_the_autoregressive_model_never_writes_a_mask():
     assert text.shape == (20, 13) and (text[:, 0] == 11).all() and (text[:, 1:] != 11).all()
 
 
+def test_the_callers_generation_configuration_is_taken():
+    """Its BOS and its suppressed tokens, then those of the model's own; beside them never a mask."""
+    model, given = randomize(small(EDLMForCausalLM)), GenerationConfig(max_new_tokens=4, bos_token_id=3, pad_token_id=0)
+    model.generation_config = GenerationConfig(max_length=9, pad_token_id=0)
+    model.head.linear.bias.data[[11, 5, 7]] = torch.tensor([30.0, 20.0, 10.0])
+    assert model.generate(generation_config=given).tolist() == [[3, 5, 5, 5, 5]]
+    assert model.generate(None, given, bos_token_id=None, suppress_tokens=None).tolist() == [[3, 5, 5, 5, 5]]
+    given.suppress_tokens = [5]
+    assert model.generate(generation_config=given).tolist() == [[3, 7, 7, 7, 7]]
+    assert (given.suppress_tokens, given.bos_token_id) == ([5], 3)
+    assert model.generate(generation_config=given, bos_token_id=2, suppress_tokens=[7])[0, :3].tolist() == [2, 5, 5]
+    assert model.generate(max_new_tokens=2).tolist() == [[11, 5, 5]]  # the mask, where there is no BOS
+    model.generation_config.update(bos_token_id=4, suppress_tokens=[5])
+    assert model.generate().tolist() == [[4] + [7] * 8]
+    assert model.generate(max_new_tokens=2, bos_token_id=6).tolist() == [[6, 7, 7]]
+    given.update(bos_token_id=None, suppress_tokens=None)
+    assert model.generate(generation_config=given).tolist() == [[4, 7, 7, 7, 7]]
+
+
 def test_causal_model_sees_no_future_and_its_cache_changes_nothing():
     model = randomize(EDLMForCausalLM(EDLMConfig(**SMALL)))
     x = torch.randint(0, 11, (2, 10))
@@ -201,6 +221,9 @@ def test_causal_model_sees_no_future_and_its_cache_changes_nothing():
         past = model(x[:, :4], use_cache=True)[CACHE]
         step = model(x[:, 4:5], **{name: past}, use_cache=True)
         torch.testing.assert_close(step.logits[:, 0], logits[:, 4], atol=1e-5, rtol=1e-4)
+    with compiled(), torch.no_grad():  # which has no place for a cache
+        step = model(x[:, 4:5], cache=model(x[:, :4], use_cache=True)[CACHE], use_cache=True)
+    torch.testing.assert_close(step.logits[:, 0], logits[:, 4], atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="cache and past_key_values"):
         model(x[:, 4:5], cache=past, past_key_values=past)
     greedy = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
