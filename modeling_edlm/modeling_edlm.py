@@ -66,6 +66,7 @@ def mean_loss(loss_M: Tensor, labels: Tensor, num_items_in_batch: Tensor | int |
 class EDLMPreTrainedModel(PreTrainedModel):
     config_class = EDLMConfig
     main_input_name = "input_ids"
+    output_modalities = ("text",)  # the library's pipelines show it
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -87,6 +88,18 @@ class EDLMPreTrainedModel(PreTrainedModel):
             names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise ValueError(f"{args[0] if args else 'the checkpoint'} lacks {len(missing)} weights: {names}")
         return (model, info) if output_loading_info else model
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """The vocabulary is of the mask token, of the energy and of every checkpoint: it cannot be resized."""
+        if new_num_tokens not in (None, self.config.vocab_size) or pad_to_multiple_of is not None:
+            raise ValueError(
+                f"resize_token_embeddings cannot change a vocabulary of {self.config.vocab_size} tokens with the mask, "
+                f"got new_num_tokens={new_num_tokens}, pad_to_multiple_of={pad_to_multiple_of}: make the model of an "
+                f"EDLMConfig with another vocab_size"
+            )
+        return self.get_input_embeddings()
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         log_p_MV = log_probs(logits, self.config.mask_token_id).flatten(0, -2)

@@ -1,8 +1,10 @@
 """Configuration, networks, round trips through a folder, and loading without the package."""
 
+import copy
 import inspect
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from test_sampler import chi_square
 from torch import nn
@@ -28,6 +31,7 @@ from transformers import (
 from modeling_edlm import EDLMConfig, EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
 from modeling_edlm.backbone import CACHE, apply_linear, compiled
 from modeling_edlm.energies import causal_log_prob
+from support.fake_hub import TOKEN
 from support.toy import MASK, make_toy
 from training.common.contrast import nce_loss
 
@@ -528,6 +532,60 @@ def test_a_folder_is_not_taken_for_another_network(tmp_path):
             cls.from_pretrained(tmp_path / "ar")
 
 
+@pytest.mark.parametrize("cls", CLASSES)
+def test_copies_pickles_and_shards_are_the_same_model(cls, tmp_path):
+    model = randomize(small(cls))
+    model.save_pretrained(tmp_path, max_shard_size="5KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 5
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), cls.from_pretrained(tmp_path)):
+        assert same_weights(other, model) and not same_storage(other, model)
+        assert other.config.fields() == model.config.fields()
+
+
+def same_storage(a, b) -> bool:
+    return bool({p.data_ptr() for p in a.parameters()} & {p.data_ptr() for p in b.parameters()})
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_the_vocabulary_is_not_resized(cls):
+    """The mask id, the energy's vocabulary and a checkpoint's say how large it is."""
+    model = randomize(small(cls))
+    before = copy.deepcopy(model)
+    for call in ({"new_num_tokens": 15}, {"new_num_tokens": 5}, {"pad_to_multiple_of": 8}):
+        with pytest.raises(ValueError, match="resize_token_embeddings cannot change a vocabulary of 12 tokens"):
+            model.resize_token_embeddings(**call)
+    assert model.resize_token_embeddings(12) is model.resize_token_embeddings() is model.get_input_embeddings()
+    assert same_weights(model, before) and model.config.vocab_size == 12
+
+
+@pytest.mark.parametrize("cls", [EDLMForMaskedLM, EDLMForCausalLM, EDLMModel])
+def test_a_model_under_the_compiler_generates_the_same(cls):
+    """`torch.compile(model)` stands before it; `model.compile()` is within."""
+    model, x = randomize(small(cls)), torch.randint(0, 11, (2, 3))
+    options = {"do_sample": False, "pad_token_id": 0} if cls is EDLMForCausalLM else {"num_steps": 2, "seed": 0}
+    expected = model.generate(x, max_new_tokens=3, **options)
+    assert torch.equal(torch.compile(model, backend="eager").generate(x, max_new_tokens=3, **options), expected)
+    if cls is EDLMForCausalLM:  # compiled anew at each length: seconds
+        return
+    model.compile(backend="eager")
+    assert torch.equal(model.generate(x, max_new_tokens=3, **options), expected)
+
+
+def test_an_autoregressive_model_is_pushed_alone(hub, tmp_path, monkeypatch):
+    """With its code, and without the pipeline of the sampler."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    api = HfApi(endpoint=hub.endpoint, token=TOKEN)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", api)  # made once for a process
+    model = randomize(small(EDLMForCausalLM))
+    model.push_to_hub("me/ar", token=TOKEN)
+    folder = api.snapshot_download("me/ar", local_dir=tmp_path)
+    found = json.loads((tmp_path / "config.json").read_text())
+    assert found["architectures"] == ["EDLMForCausalLM"] and "custom_pipelines" not in found
+    assert found["auto_map"]["AutoModelForCausalLM"] == "modeling_edlm.EDLMForCausalLM"
+    assert (tmp_path / "modeling_edlm.py").exists() and not (tmp_path / "custom_generate").exists()
+    assert same_weights(EDLMForCausalLM.from_pretrained(folder), model)
+
+
 def test_dtype_round_trip(tmp_path):
     model = randomize(EDLMModel(EDLMConfig(**SMALL, energy_type="nce"))).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
@@ -597,8 +655,8 @@ def test_folder_works_without_the_package(tmp_path):
     lm = randomize(EDLMForCausalLM(EDLMConfig(**SMALL)))
     model.save_pretrained(tmp_path / "repo")
     lm.save_pretrained(tmp_path / "repo" / "ar")
-    for copy in (tmp_path / "repo" / "ar").glob("*.py"):
-        copy.unlink()
+    for code in (tmp_path / "repo" / "ar").glob("*.py"):
+        code.unlink()
     result = run_remote(tmp_path / "repo", tmp_path / "again")
     x, xt = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 11, 11, 4]])
     assert result["classes"] == ["EDLMModel", "EDLMForMaskedLM", "EDLMEnergyModel", "EDLMForCausalLM"]
@@ -625,8 +683,8 @@ def test_folder_without_code_works_with_the_package(tmp_path):
     """The example of docs/loading.md as a user of `pip install .` runs it on a clone, where the code copies are not."""
     model = randomize(EDLMModel(EDLMConfig(**SMALL)))
     model.save_pretrained(tmp_path)
-    for copy in tmp_path.glob("*.py"):
-        copy.unlink()
+    for file in tmp_path.glob("*.py"):
+        file.unlink()
     code = "import sys, modeling_edlm; from transformers import AutoModel; "
     code += (
         "print(AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).generate(seed=0, num_steps=3).tolist())"
