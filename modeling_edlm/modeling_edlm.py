@@ -484,7 +484,8 @@ class EDLMModel(EDLMPreTrainedModel, EnergyMixin, EDLMGenerationMixin, EDLMLikel
         Args:
             denoiser: proposes.
             energy: `EDLMEnergyModel` for `energy_type="nce"`, a network of its own or an adapter over this denoiser; a
-                causal language model with the same token ids for `"ar"` and `"coar"`; None for no energy.
+                causal language model with the same token ids for `"ar"` and `"coar"`; None for no energy. The longest
+                text is that of the part which takes less.
         Raises:
             ValueError: the parts do not fit: another vocabulary, mask or kind of network.
         """
@@ -495,6 +496,9 @@ class EDLMModel(EDLMPreTrainedModel, EnergyMixin, EDLMGenerationMixin, EDLMLikel
         if energy_type == "none" or (energy_type == "nce") != is_nce:
             raise ValueError(f"energy_type={energy_type!r} does not go with an energy of class {type(energy).__name__}")
         check_vocabulary(denoiser.config.vocab_size, denoiser.config.mask_token_id, energy.config)
+        positions = getattr(energy.config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None:  # a longer text than the energy can read would have none
+            fields["max_position_embeddings"] = min(fields["max_position_embeddings"], positions)
         if energy.config.model_type != EDLMConfig.model_type:
             changes, own = {"energy_config": energy.config.to_dict()}, {}
         else:

@@ -250,8 +250,9 @@ def test_autoregressive_text_follows_its_models_own_law(use_cache):
 CLASSES = [EDLMForMaskedLM, EDLMForCausalLM, EDLMEnergyModel, EDLMModel]
 
 
-def small(cls, **changes):
-    return cls(EDLMConfig(**SMALL, energy_type="nce" if cls is EDLMEnergyModel else "none", **changes))
+def small(cls, length=16, **changes):
+    changes |= {"energy_type": "nce" if cls is EDLMEnergyModel else "none", "max_position_embeddings": length}
+    return cls(EDLMConfig(**SMALL | changes))
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -500,6 +501,23 @@ def test_a_gpt2_energy_without_the_mask_token(tmp_path):
     loaded = EDLMModel.from_pretrained(tmp_path)
     assert same_weights(loaded, model)
     assert torch.equal(loaded.generate(seed=0, num_steps=3), model.generate(seed=0, num_steps=3))
+
+
+def test_a_text_is_no_longer_than_the_energy_can_read(tmp_path):
+    """Of its 8 positions GPT-2 has none more; EDLM's own model would read on, past what it was trained for."""
+    sizes = dict(vocab_size=12, n_embd=16, n_layer=1, n_head=2, bos_token_id=10, eos_token_id=None)
+    for energy in (GPT2LMHeadModel(GPT2Config(n_positions=8, **sizes)), small(EDLMForCausalLM, length=8)):
+        model = EDLMModel.from_components(randomize(small(EDLMForMaskedLM)), randomize(energy))
+        model.save_pretrained(tmp_path)
+        for whole in (model, EDLMModel.from_pretrained(tmp_path)):
+            assert whole.generate(seed=0, num_steps=2, num_candidates=2).shape == (1, 8)
+            with pytest.raises(ValueError, match="make 9 tokens, more than max_position_embeddings=8"):
+                whole.generate(max_length=9)
+            with pytest.raises(ValueError, match="has 9 tokens, more than max_position_embeddings=8"):
+                whole.likelihood(torch.zeros(1, 9, dtype=torch.int64))
+            assert whole.energy_model.config.max_position_embeddings == 8
+    model = EDLMModel.from_components(small(EDLMForMaskedLM), GPT2LMHeadModel(GPT2Config(n_positions=32, **sizes)))
+    assert model.config.max_position_embeddings == 16 and model.energy_model.config.n_positions == 32
 
 
 @pytest.mark.parametrize(
