@@ -231,6 +231,7 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EDLMGenerationMixin, EDLMLikelihoodMi
 
         Source: the SUBS parameterization of MDLM, arXiv 2406.07524.
         """
+        xt = xt.long()
         log_p_NLV = log_probs(self.head(*self.encode(xt, t, attention_mask)), self.config.mask_token_id)
         carried_NLV = torch.full_like(log_p_NLV, float("-inf")).scatter_(-1, xt[..., None], 0.0)
         return torch.where((xt == self.config.mask_token_id)[..., None], log_p_NLV, carried_NLV)
@@ -380,7 +381,7 @@ class EDLMEnergyModel(EDLMPreTrainedModel):
             for module in backbone.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = config.dropout
-        model = cls(config, backbone)
+        model = cls(config, backbone).to(denoiser.device, denoiser.dtype)  # before it takes weights: none is rounded
         own = model.network.state_dict()
         start = {k: theirs.get(k) for k in own if k.startswith(("backbone.", "head.norm."))}
         if unfit := [k for k, v in start.items() if v is None or v.shape != own[k].shape]:
@@ -391,7 +392,7 @@ class EDLMEnergyModel(EDLMPreTrainedModel):
         with torch.no_grad():  # the mean of both embeddings: a token that was never masked looks as it did
             half = torch.eye(model.config.hidden_size) / 2
             model.network.projection.weight.copy_(torch.cat((half, half), dim=1))
-        return model.to(denoiser.device, denoiser.dtype)
+        return model
 
     @classmethod
     def from_adapter(

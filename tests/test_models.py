@@ -31,6 +31,7 @@ from transformers import (
 from modeling_edlm import EDLMConfig, EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
 from modeling_edlm.backbone import CACHE, apply_linear, compiled
 from modeling_edlm.energies import causal_log_prob
+from modeling_edlm.vocabulary import log_prob_projected
 from support.fake_hub import TOKEN
 from support.toy import MASK, make_toy
 from training.common.contrast import nce_loss
@@ -548,6 +549,30 @@ def test_a_folder_is_not_taken_for_another_network(tmp_path):
     for cls in (EDLMModel, EDLMForMaskedLM, EDLMEnergyModel):
         with pytest.raises(ValueError, match="holds an EDLMForCausalLM"):
             cls.from_pretrained(tmp_path / "ar")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, device", [(torch.float64, None), (torch.bfloat16, None), (torch.float32, "meta")])
+def test_the_defaults_of_torch_are_not_the_models(dtype, device):
+    """What is made within: an energy from its denoiser, log-probabilities without a table of logits."""
+    denoiser = randomize(small(EDLMForMaskedLM))
+    x, ids = torch.randint(0, 12, (2, 6)), torch.randint(0, 11, (9,))
+    hidden, weight, bias = torch.randn(9, 16), torch.randn(11, 16), torch.randn(11)
+
+    def results():
+        start = {} if device else EDLMEnergyModel.from_denoiser(denoiser).network.backbone.state_dict()
+        return *start.values(), denoiser.log_p_x0(x), log_prob_projected(hidden, weight, bias, 3, ids)
+
+    expected = results()
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        found = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("cls", CLASSES)
