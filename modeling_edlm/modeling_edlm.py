@@ -22,8 +22,9 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutput
-from transformers.utils import can_return_tuple
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, can_return_tuple
 
+from .adapter import CONFIG as ADAPTER_CONFIG
 from .adapter import DESCRIPTION, energy_fields, find_adapter, load_adapter, save_adapter
 from .backbone import CACHE, Backbone, Head, initialize, log_probs, position_chunks, prepend_bos, suppress, twin
 from .configuration_edlm import EDLMConfig
@@ -88,6 +89,18 @@ class EDLMPreTrainedModel(PreTrainedModel):
             names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise ValueError(f"{args[0] if args else 'the checkpoint'} lacks {len(missing)} weights: {names}")
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
+        """As in the library, into a folder that has no other weights of the model afterwards.
+
+        Raises:
+            ValueError: the folder holds an adapter, which the library would load over these weights.
+        """
+        if is_main_process and not self._hf_peft_config_loaded:  # with PEFT's adapter in it, that alone is saved
+            check_folder(save_directory)
+            for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+                (Path(save_directory) / name).unlink(missing_ok=True)  # of two the library loads the first, new or not
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
@@ -601,6 +614,12 @@ class EDLMModel(EDLMPreTrainedModel, EnergyMixin, EDLMGenerationMixin, EDLMLikel
     def log_p_x0(self, xt: Tensor, t: Tensor | float | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """SUBS log-probabilities (N, L, V) of the denoiser, float32."""
         return self.denoiser.log_p_x0(xt, t, attention_mask)
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raises ValueError for a folder in which weights would lie beside an adapter."""
+    if (Path(folder) / ADAPTER_CONFIG).exists():
+        raise ValueError(f"{folder} holds an adapter, {ADAPTER_CONFIG}, that would be loaded too: name another folder")
 
 
 def _shown(value: Any) -> str:

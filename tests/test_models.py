@@ -585,6 +585,22 @@ def test_copies_pickles_and_shards_are_the_same_model(cls, tmp_path):
         assert other.config.fields() == model.config.fields()
 
 
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_folder_of_older_weights_holds_the_new_ones(cls, tmp_path):
+    """Whole or in shards, and the other way round: transformers would load the whole ones, whichever are new."""
+    old, new = randomize(small(cls)), randomize(small(cls), std=0.5)
+    for sizes in (("5GB", "5KB"), ("5KB", "5GB"), ("5KB", "9KB")):
+        for model, size in zip((old, new), sizes, strict=True):
+            model.save_pretrained(tmp_path, max_shard_size=size)
+        assert same_weights(cls.from_pretrained(tmp_path), new)
+        assert (tmp_path / "model.safetensors").exists() != (tmp_path / "model.safetensors.index.json").exists()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an adapter, adapter_config.json"):
+        old.save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    assert same_weights(cls.from_pretrained(tmp_path), new)
+
+
 def same_storage(a, b) -> bool:
     return bool({p.data_ptr() for p in a.parameters()} & {p.data_ptr() for p in b.parameters()})
 
