@@ -359,7 +359,7 @@ def test_the_launcher_reads_its_configurations(name):
         ({"loss": "gan"}, "loss must be one of .*'nce', 'ranking'.*got 'gan'"),
         ({"head_only": "true"}, "head_only trains no adapter: leave lora_r at 0, got 2"),
         ({"eval_num_steps": "x"}, "eval_num_steps must be numbers with commas between, got 'x'"),
-        ({"patience": -1}, "patience must not be negative, got -1"),
+        ({"patience": -1}, "patience must be at least 0, got -1"),
         ({"energy_num_layers": 3}, "'energy_num_layers': 3.*2 blocks"),
         ({"energy_pooling": "mean"}, "energy_target='xs' needs energy_pooling='sum'"),
     ],

@@ -87,6 +87,10 @@ def with_parts(denoiser, tokenizer, arguments: ComposeArguments) -> EDLMModel | 
 def main(argv: list[str] | None = None):
     arguments = parse_arguments(ComposeArguments, __doc__, argv)
     check_folder(arguments.out)
+    for name in ("denoiser", "energy", "ar", "judge"):
+        part = getattr(arguments, name)
+        if part and Path(part).exists() and Path(part).resolve() == Path(arguments.out).resolve():
+            raise ValueError(f"out must be another folder than {name}, which is only read, got {arguments.out}")
     denoiser = EDLMForMaskedLM.from_pretrained(arguments.denoiser)
     tokenizer = AutoTokenizer.from_pretrained(arguments.denoiser)
     model = with_parts(denoiser, tokenizer, arguments).to(getattr(torch, arguments.dtype))
