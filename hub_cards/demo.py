@@ -69,7 +69,7 @@ class Canvas:
         self.eos = tokenizer.eos_token_id
         self.live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self.color = self.live and not os.environ.get("NO_COLOR")
-        self.piece = functools.cache(lambda token: printable(tokenizer.decode([token], skip_special_tokens=True)))
+        self.read = functools.cache(lambda *ids: tokenizer.decode(list(ids), skip_special_tokens=True))
         self.snapshots = {round(num_steps * quarter / 4) for quarter in range(5)}  # and the text after its revision
         self.shown, self.height = start, 0  # the last frame: its tokens, its lines
         self.last = self.seconds = 0.0  # when it was drawn; what all drawing took
@@ -93,12 +93,12 @@ class Canvas:
         size = shutil.get_terminal_size((MAX_WIDTH, 24))
         width = max(10, min(MAX_WIDTH, size.columns - 1))
         cells = []
-        for token, before, first in zip(ids, self.shown, self.start, strict=True):
+        for token, piece, before, first in zip(ids, self.pieces(ids), self.shown, self.start, strict=True):
             if token == self.eos and first == self.mask:
                 break
             is_new = before != token and done < self.total  # the finished text has no marks of the last step
             style = MASK if token == self.mask else GIVEN if first != self.mask else NEW if is_new else OLD
-            cells += [(character, style) for character in (" ." if style == MASK else self.piece(token))]
+            cells += [(character, style) for character in printable(piece)]
         lines = [self.paint(line) for line in wrapped(cells, width)]
         progress = f"{done}/{self.num_steps} t={1 - done / self.num_steps:.2f}"
         if done > self.num_steps:
@@ -115,6 +115,24 @@ class Canvas:
         sys.stdout.write(up + "".join(f"\x1b[2K{line}\n" for line in lines) + "\x1b[J")
         sys.stdout.flush()
         self.shown, self.height, self.last = ids, len(lines), time.perf_counter()
+
+    def pieces(self, ids: list[int]) -> list[str]:
+        """What each token adds to the text before it; a character of several tokens, as in a BPE of bytes, is the last
+        one's. A mask is a point.
+        """
+        pieces, before, now = [], (), ()
+        for token in ids:
+            if token == self.mask:
+                pieces.append(" .")
+                before = now = ()
+                continue
+            now += (token,)
+            head, whole = self.read(*before), self.read(*before, *now)
+            pieces.append(whole[len(head) :] if whole.startswith(head) else self.read(*now))
+            pieces[-len(now) : -1] = [""] * (len(now) - 1)
+            if not pieces[-1].endswith("\ufffd"):
+                before, now = now, ()
+        return pieces
 
     def paint(self, cells: list[tuple[str, str]]) -> str:
         """One line of (character, style); neighbours of one style share an escape sequence."""

@@ -74,7 +74,8 @@ def save_adapter(
     save_file(weights, folder / WEIGHTS, {"format": "pt"})
     description = {
         "energy": {name: getattr(energy.config, name) for name in ENERGY_FIELDS},
-        "base": {name: getattr(denoiser.config, name) for name in BASE_FIELDS} | {"sha256": checksum(denoiser)},
+        "base": {name: getattr(denoiser.config, name) for name in BASE_FIELDS}
+        | {"sha256": checksum(denoiser), "sha256_float16": checksum(denoiser, torch.float16)},
         "base_model_name_or_path": base,
     }
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
@@ -108,7 +109,7 @@ def energy_fields(folder: Path, denoiser: PreTrainedModel) -> dict[str, Any]:
     for name, value in denoiser.named_parameters():
         if type(value) not in PLAIN:
             raise ValueError(f"{named}; {name} of this base is quantised or sharded ({type(value).__name__})")
-    if theirs["sha256"] != (ours := checksum(denoiser)):
+    if (ours := checksum(denoiser)) not in (theirs["sha256"], base.get("sha256_float16")):
         raise ValueError(
             f"{named}, whose weights are others: checksum {theirs['sha256'][:12]}, this base has {ours[:12]} "
             f"(in {denoiser.dtype}; float32 and bfloat16 have the same)"
@@ -150,12 +151,15 @@ def fill_adapter(model: nn.Module, folder: Path) -> None:
         raise ValueError(f"{folder / WEIGHTS} lacks, or has in excess, {len(wrong)} weights: {wrong[0]}, ...")
 
 
-def checksum(module: nn.Module) -> str:
-    """SHA-256 of all weights, rounded to bfloat16: the same for a model in float32 and in bfloat16."""
+def checksum(module: nn.Module, stored_in: torch.dtype | None = None) -> str:
+    """SHA-256 of all weights, rounded to bfloat16: the same for a model in float32 and in bfloat16. With `stored_in`
+    that of a copy of the model which was rounded to this dtype before.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().bfloat16().contiguous().view(torch.uint8).numpy())
+        value = value.detach().cpu().to(stored_in or value.dtype)
+        digest.update(value.bfloat16().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

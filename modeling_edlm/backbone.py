@@ -29,9 +29,29 @@ Module = TypeVar("Module", bound=nn.Module)
 PLAIN = (Tensor, nn.Parameter)  # weights that are neither quantised nor sharded
 
 
-# Both are of this thread: others go on as they were.
+# All are of this thread: others go on as they were.
+_is_sampling = ContextVar("is_sampling", default=False)
 _compiling = ContextVar("compiling", default=False)
 _constants: ContextVar[dict[nn.Module, tuple[Tensor | None, Any]] | None] = ContextVar("constants", default=None)
+
+
+@contextmanager
+def no_dropout() -> Iterator[None]:
+    """Within it there is none, also where a callback or another thread has called `train()`."""
+    token = _is_sampling.set(True)
+    try:
+        yield
+    finally:
+        _is_sampling.reset(token)
+
+
+class Dropout(nn.Dropout):
+    """None within `no_dropout`. A compiler goes by the module's flag alone, on which it compiles anew."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and _is_sampling.get():
+            return x
+        return super().forward(x)
 
 
 @contextmanager
@@ -257,7 +277,7 @@ class Block(GradientCheckpointingLayer):
         self.norm2 = AdaLayerNorm(config, num_gates=1)
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self,
@@ -344,7 +364,7 @@ class Backbone(nn.Module):
         needed_NQ = None
         if where_NL is not None and mask is None and not self.is_causal and not _compiling.get():
             needed_NQ = needed_positions(where_NL, x_NLD.device)
-        if _compiling.get():
+        if _compiling.get() and cache is None:  # a cache grows: each length would be compiled anew
             return run_compiled(self, x_NLD, cond_NC, rotary, mask), cond_NC
         return self.run_blocks(x_NLD, cond_NC, rotary, mask, cache, needed_NQ), cond_NC
 

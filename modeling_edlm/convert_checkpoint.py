@@ -9,6 +9,7 @@ and folders and Hub repos of MDLM's remote code, which is neither downloaded nor
 import argparse
 import json
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Mapping
@@ -38,6 +39,7 @@ EDLM = "edlm"  # the kind that is a denoiser and an NCE energy
 ENERGY_PREFIXES = ("backbone.ebm.", "ebm.")
 NO_WEIGHTS: tuple[str, ...] = ("noise.", "train_metrics.", "valid_metrics.", "test_metrics.")
 NO_WEIGHTS += ("gen_ppl_metric.", "entropy_metric.", "time_metric.")
+WRAPPERS = re.compile(r"^((module|model)\.)+")
 ROTARY = "rotary_emb.inv_freq"
 SIZES = {"vocab_size": "vocab_size", "hidden_dim": "hidden_size"}  # by their names in a published config.json
 SIZES |= {"n_blocks": "num_hidden_layers", "n_heads": "num_attention_heads"}
@@ -100,7 +102,10 @@ def from_official(
         "mask_token_id": mask_token_id,
         "bos_token_id": bos_token_id,
     }
-    tensors = _averaged(state_dict) if "state_dict" in state_dict else state_dict
+    if "state_dict" in state_dict:
+        tensors: Mapping = _averaged({**state_dict, "state_dict": _unwrapped(state_dict["state_dict"])})
+    else:
+        tensors = _unwrapped(state_dict)
     if kind == EDLM:
         denoiser, energy = (from_official(tensors, part, num_heads, **settings) for part in ("denoiser", "nce"))
         return EDLMModel.from_components(denoiser, energy, "nce").eval()  # type: ignore[arg-type]
@@ -315,6 +320,14 @@ def _published(path: Path, content: Mapping) -> dict[str, Any]:
         if isinstance(node, Inert) and isinstance(node.get("_val"), int):  # and no reference to another place
             said[name] = node.get("_val")
     return said
+
+
+def _unwrapped(tensors: Mapping) -> dict[str, Any]:
+    """Without what `torch.compile`, DDP and a trainer's class put into the names."""
+    names = {key: WRAPPERS.sub("", key.replace("_orig_mod.", "")) for key in tensors}
+    if len(set(names.values())) < len(names):
+        raise ValueError("the checkpoint has weights twice, with and without _orig_mod., module. or model. in the name")
+    return {names[key]: value for key, value in tensors.items()}
 
 
 def _averaged(checkpoint: Mapping) -> dict[str, torch.Tensor]:

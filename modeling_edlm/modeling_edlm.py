@@ -3,6 +3,8 @@
 Shapes: N rows, K candidates, L length, V vocabulary, M selected positions (flat indices into N * L).
 """
 
+import copy
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +12,19 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutput
-from transformers.utils import can_return_tuple
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, can_return_tuple
 
+from .adapter import CONFIG as ADAPTER_CONFIG
 from .adapter import DESCRIPTION, energy_fields, find_adapter, load_adapter, save_adapter
 from .backbone import CACHE, Backbone, Head, initialize, log_probs, position_chunks, prepend_bos, suppress, twin
 from .configuration_edlm import EDLMConfig
@@ -27,17 +38,43 @@ from .vocabulary import draw_projected
 
 ADAPTER_FOLDER = "energy"  # within the folder of a whole model
 WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision")  # of the files of a model
+UNSUPPORTED = ("inputs_embeds", "output_attentions", "output_hidden_states")  # what PEFT names to every model, as None
+
+
+def library_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A `forward` with the library's `return_dict`; what it does not support is an error only where it is asked for."""
+
+    @functools.wraps(forward)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for name in UNSUPPORTED:
+            value = kwargs.pop(name, None)
+            if value is not None and value is not False:
+                raise ValueError(f"{type(self).__name__} does not support {name}, got {_shown(value)}")
+        return forward(self, *args, **kwargs)
+
+    return can_return_tuple(checked)
+
+
+def mean_loss(loss_M: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """The mean where a label is not -100; or, of the number of labels that one optimizer step is made of, this batch's
+    part of their mean: the library's Trainer asks for it, so that accumulation gives the gradient of the large batch.
+    """
+    counts_M = labels.flatten() != -100
+    number = counts_M.sum() if num_items_in_batch is None else num_items_in_batch
+    return loss_M.where(counts_M, 0.0).sum() / number
 
 
 class EDLMPreTrainedModel(PreTrainedModel):
     config_class = EDLMConfig
     main_input_name = "input_ids"
+    output_modalities = ("text",)  # the library's pipelines show it
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _no_split_modules = ["Block"]
+    accepts_loss_kwargs = True  # each forward with labels takes `num_items_in_batch`: the Trainer need not guess
     to: Callable[..., Self]  # type: ignore[assignment]  # the library's has lost its type
 
     @torch.no_grad()
@@ -52,6 +89,35 @@ class EDLMPreTrainedModel(PreTrainedModel):
             names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise ValueError(f"{args[0] if args else 'the checkpoint'} lacks {len(missing)} weights: {names}")
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
+        """As in the library, into a folder that has no other weights of the model afterwards.
+
+        Raises:
+            ValueError: the folder holds an adapter, which the library would load over these weights.
+        """
+        if is_main_process and not self._hf_peft_config_loaded:  # with PEFT's adapter in it, that alone is saved
+            check_folder(save_directory)
+            for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+                (Path(save_directory) / name).unlink(missing_ok=True)  # of two the library loads the first, new or not
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """The vocabulary is of the mask token, of the energy and of every checkpoint: it cannot be resized."""
+        if new_num_tokens not in (None, self.config.vocab_size) or pad_to_multiple_of is not None:
+            raise ValueError(
+                f"resize_token_embeddings cannot change a vocabulary of {self.config.vocab_size} tokens with the mask, "
+                f"got new_num_tokens={new_num_tokens}, pad_to_multiple_of={pad_to_multiple_of}: make the model of an "
+                f"EDLMConfig with another vocab_size"
+            )
+        return self.get_input_embeddings()
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        log_p_MV = log_probs(logits, self.config.mask_token_id).flatten(0, -2)
+        loss_M = nn.functional.nll_loss(log_p_MV, labels.flatten().long(), reduction="none")
+        return mean_loss(loss_M, labels, num_items_in_batch)
 
     def noise(self, t: Tensor | float | None, like: Tensor) -> Tensor | None:
         """What the network is told of the time: None without time conditioning, else (N,)."""
@@ -94,7 +160,7 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EnergyMixin, EDLMGenerationMixin, EDL
     def get_output_embeddings(self) -> nn.Linear:
         return self.head.linear
 
-    @can_return_tuple
+    @library_forward
     def forward(
         self,
         input_ids: Tensor,
@@ -103,6 +169,7 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EnergyMixin, EDLMGenerationMixin, EDL
         positions: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> MaskedLMOutput:
         """Raw logits of the clean token at every position.
 
@@ -111,15 +178,15 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EnergyMixin, EDLMGenerationMixin, EDL
             t: times in [0, 1], scalar or (N,); only read by a model with time conditioning.
             positions: (M,) flat indices into N * L: project only these.
             labels: (N, L), -100 where no loss is taken; the loss is the mean cross-entropy.
+            num_items_in_batch: what the sum is divided by in place of the number of labels, see `mean_loss`.
         Returns:
             `logits` (N, L, V), or (M, V) when positions are given.
         """
         logits = self.head(*self.encode(input_ids, t, attention_mask, position_ids), positions)
         loss = None
         if labels is not None:
-            labels = labels.flatten() if positions is None else labels.flatten()[positions]
-            log_p = log_probs(logits, self.config.mask_token_id)
-            loss = nn.functional.nll_loss(log_p.view(-1, log_p.shape[-1]), labels)
+            labels = labels if positions is None else labels.flatten()[positions]
+            loss = self._cross_entropy(logits, labels, num_items_in_batch)
         return MaskedLMOutput(loss=loss, logits=logits)
 
     def encode(
@@ -177,6 +244,7 @@ class EDLMForMaskedLM(EDLMPreTrainedModel, EnergyMixin, EDLMGenerationMixin, EDL
 
         Source: the SUBS parameterization of MDLM, arXiv 2406.07524.
         """
+        xt = xt.long()
         log_p_NLV = log_probs(self.head(*self.encode(xt, t, attention_mask)), self.config.mask_token_id)
         carried_NLV = torch.full_like(log_p_NLV, float("-inf")).scatter_(-1, xt[..., None], 0.0)
         return torch.where((xt == self.config.mask_token_id)[..., None], log_p_NLV, carried_NLV)
@@ -208,7 +276,7 @@ class EDLMForCausalLM(EDLMPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Linear:
         return self.head.linear
 
-    @can_return_tuple
+    @library_forward
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -220,12 +288,14 @@ class EDLMForCausalLM(EDLMPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         positions: Tensor | None = None,
         logits_to_keep: int = 0,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> CausalLMOutputWithPast:
         """Raw logits (N, L, V) of the next token; `positions` (M,), flat, or `logits_to_keep` project fewer rows.
 
-        `labels` (N, L) are shifted inside, as in every causal language model of the library; -100 is left out. The
-        keys and values of earlier tokens are `cache` to transformers 5.24 and newer, `past_key_values` to older ones:
-        both are taken, and the output has the library's own name.
+        `labels` (N, L) are shifted inside, as in every causal language model of the library; -100 is left out, and
+        `num_items_in_batch` is what the sum is divided by in place of their number, see `mean_loss`. They need the
+        logits of all positions. The keys and values of earlier tokens are `cache` to transformers 5.24 and newer,
+        `past_key_values` to older ones: both are taken, and the output has the library's own name.
         """
         if cache is not None and past_key_values is not None:
             raise ValueError("cache and past_key_values are two names of one argument: give one of them")
@@ -238,8 +308,9 @@ class EDLMForCausalLM(EDLMPreTrainedModel, GenerationMixin):
         logits = self.head(hidden, cond, positions)
         loss = None
         if labels is not None:
-            log_p = log_probs(logits[:, :-1], self.config.mask_token_id)
-            loss = nn.functional.nll_loss(log_p.flatten(0, 1), labels[:, 1:].flatten())
+            if positions is not None or logits_to_keep:
+                raise ValueError("labels need all logits: leave positions and logits_to_keep out")
+            loss = self._cross_entropy(logits[:, :-1], labels[:, 1:], num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})  # type: ignore[arg-type]
 
     def encode(
@@ -252,10 +323,28 @@ class EDLMForCausalLM(EDLMPreTrainedModel, GenerationMixin):
         """The last hidden states (N, L, D) and the conditioning, from which `head` projects what is needed."""
         return self.backbone(input_ids, None, attention_mask, position_ids, cache)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The library's autoregressive generation; no text holds the mask token, and the BOS starts it."""
-        kwargs["suppress_tokens"] = [self.config.mask_token_id, *(kwargs.get("suppress_tokens") or [])]
-        return super().generate(*args, **{"bos_token_id": self.config.bos_token_id} | kwargs)
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The library's autoregressive generation. No text holds the mask token, and where neither the call nor a
+        configuration has another `bos_token_id`, that of the model starts it.
+        """
+
+        def asked(name: str) -> Any:  # in the library's order: what is None stands back
+            own = vars(self.generation_config)
+            sources = kwargs, own if generation_config is None else vars(generation_config), own
+            return next((source[name] for source in sources if source.get(name) is not None), None)
+
+        bos, mask = asked("bos_token_id"), self.config.mask_token_id
+        changes = {"bos_token_id": self.config.bos_token_id if bos is None else bos}
+        changes["suppress_tokens"] = [mask, *(asked("suppress_tokens") or ())]
+        if generation_config is None:
+            kwargs |= changes
+        else:  # in a copy: the library warns of a configuration beside arguments
+            kwargs = {name: value for name, value in kwargs.items() if name not in changes}
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.update(**changes)
+        return super().generate(inputs, generation_config, *args, **kwargs)
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """Called by `from_pretrained`. The library would put the custom_generate/ of the repo, which is the sampler for
@@ -305,7 +394,7 @@ class EDLMEnergyModel(EDLMPreTrainedModel):
             for module in backbone.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = config.dropout
-        model = cls(config, backbone)
+        model = cls(config, backbone).to(denoiser.device, denoiser.dtype)  # before it takes weights: none is rounded
         own = model.network.state_dict()
         start = {k: theirs.get(k) for k in own if k.startswith(("backbone.", "head.norm."))}
         if unfit := [k for k, v in start.items() if v is None or v.shape != own[k].shape]:
@@ -316,7 +405,7 @@ class EDLMEnergyModel(EDLMPreTrainedModel):
         with torch.no_grad():  # the mean of both embeddings: a token that was never masked looks as it did
             half = torch.eye(model.config.hidden_size) / 2
             model.network.projection.weight.copy_(torch.cat((half, half), dim=1))
-        return model.to(denoiser.device, denoiser.dtype)
+        return model
 
     @classmethod
     def from_adapter(
@@ -343,26 +432,34 @@ class EDLMEnergyModel(EDLMPreTrainedModel):
             raise ValueError("this energy is an adapter: save the EDLMModel that has it, or merge it (from_adapter)")
         super().save_pretrained(*args, **kwargs)
 
-    @can_return_tuple
+    @library_forward
     def forward(
         self,
         input_ids: Tensor,
         xt: Tensor | None = None,
         t: Tensor | float | None = None,
         attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> SequenceClassifierOutput:
         """Energies of candidates.
 
         Args:
             input_ids: (N, L) candidates, x0 or xs. xt: (N, L) the masked state they complete. t: its time (for a
                 step energy: the time of xs), scalar or (N,).
+            labels: (N,), 1 for data and 0 for what the denoiser has drawn: the loss is that of noise contrastive
+                estimation, softplus(E) and softplus(-E), mean over rows. num_items_in_batch: see `mean_loss`.
         Returns:
             `logits` (N, 1) float32, the energies.
         """
         if xt is None:
             raise ValueError("xt must be given: an energy scores a completion of xt, got None")
         energy_N = self.network(input_ids, xt, self.noise(t, input_ids), attention_mask)
-        return SequenceClassifierOutput(logits=energy_N[:, None])
+        loss = None
+        if labels is not None:
+            loss_N = nn.functional.softplus(torch.where(labels.bool(), energy_N, -energy_N))
+            loss = mean_loss(loss_N, labels, num_items_in_batch)
+        return SequenceClassifierOutput(loss=loss, logits=energy_N[:, None])
 
 
 class EDLMModel(EDLMPreTrainedModel, EnergyMixin, EDLMGenerationMixin, EDLMLikelihoodMixin):
@@ -401,7 +498,8 @@ class EDLMModel(EDLMPreTrainedModel, EnergyMixin, EDLMGenerationMixin, EDLMLikel
         Args:
             denoiser: proposes.
             energy: `EDLMEnergyModel` for `energy_type="nce"`, a network of its own or an adapter over this denoiser; a
-                causal language model with the same token ids for `"ar"` and `"coar"`; None for no energy.
+                causal language model with the same token ids for `"ar"` and `"coar"`; None for no energy. The longest
+                text is that of the part which takes less.
         Raises:
             ValueError: the parts do not fit: another vocabulary, mask or kind of network.
         """
@@ -412,6 +510,9 @@ class EDLMModel(EDLMPreTrainedModel, EnergyMixin, EDLMGenerationMixin, EDLMLikel
         if energy_type == "none" or (energy_type == "nce") != is_nce:
             raise ValueError(f"energy_type={energy_type!r} does not go with an energy of class {type(energy).__name__}")
         check_vocabulary(denoiser.config.vocab_size, denoiser.config.mask_token_id, energy.config)
+        positions = getattr(energy.config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None:  # a longer text than the energy can read would have none
+            fields["max_position_embeddings"] = min(fields["max_position_embeddings"], positions)
         if energy.config.model_type != EDLMConfig.model_type:
             changes, own = {"energy_config": energy.config.to_dict()}, {}
         else:
@@ -496,13 +597,33 @@ class EDLMModel(EDLMPreTrainedModel, EnergyMixin, EDLMGenerationMixin, EDLMLikel
     def get_output_embeddings(self) -> nn.Linear:
         return self.denoiser.get_output_embeddings()
 
-    def forward(self, *args: Any, **kwargs: Any) -> MaskedLMOutput:
-        """The denoiser's forward pass."""
-        return self.denoiser(*args, **kwargs)
+    @library_forward
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        t: Tensor | float | None = None,
+        positions: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> MaskedLMOutput:
+        """The denoiser's forward pass, see `EDLMForMaskedLM.forward`."""
+        return self.denoiser(input_ids, attention_mask, t, positions, position_ids, labels, num_items_in_batch)
 
     def log_p_x0(self, xt: Tensor, t: Tensor | float | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """SUBS log-probabilities (N, L, V) of the denoiser, float32."""
         return self.denoiser.log_p_x0(xt, t, attention_mask)
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raises ValueError for a folder in which weights would lie beside an adapter."""
+    if (Path(folder) / ADAPTER_CONFIG).exists():
+        raise ValueError(f"{folder} holds an adapter, {ADAPTER_CONFIG}, that would be loaded too: name another folder")
+
+
+def _shown(value: Any) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def _keep(part: Any) -> Any:

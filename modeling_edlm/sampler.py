@@ -7,17 +7,19 @@ Shapes: B rows of the output, N rows stepped now, K candidates, L length, T step
 """
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from .backbone import rows_at_once, suppress
+from .backbone import no_dropout, rows_at_once, suppress
 from .draws import choose, uniforms
 from .energies import candidate_energies
 from .prefix_cache import PrefixCache
@@ -307,14 +309,25 @@ class Health:
                 raise FloatingPointError(f"{name} hold {what}, first at step {step} of {self.num_steps}")
 
 
+_evaluating: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()  # calls that have switched a module off
+_flags = threading.Lock()
+
+
 @contextmanager
 def in_eval_mode(model: Any) -> Iterator[None]:
-    """Dropout off, and every module's own flag back at the end."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+    """Dropout off, and every module's own flag back when the last of the calls that run at once ends."""
+    with _flags:
+        switched = [module for module in model.modules() if module.training or module in _evaluating]
+        for module in switched:
+            _evaluating[module] = _evaluating.get(module, 0) + 1
+            module.training = False
     try:
-        yield
+        with no_dropout():
+            yield
     finally:
-        for module in training:
-            module.training = True
+        with _flags:
+            for module in switched:
+                _evaluating[module] -= 1
+                if not _evaluating[module]:
+                    del _evaluating[module]
+                    module.training = True

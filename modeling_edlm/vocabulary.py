@@ -39,7 +39,8 @@ def log_prob_projected(hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor, ban
     """log-probability of a token in each row, (M,) float32."""
     log_p = []
     for hidden_RD, x_R in zip(hidden_MD.split(ROWS), x_M.split(ROWS), strict=True):
-        top_R, total_R = torch.full((2, len(x_R)), torch.finfo(torch.float32).min, device=x_M.device)
+        lowest = torch.finfo(torch.float32).min
+        top_R = torch.full((len(x_R),), lowest, dtype=torch.float32, device=x_M.device)
         total_R = torch.zeros_like(top_R)
         for _, logits_RW in blocks(hidden_RD, weight_VD, bias_V, banned):
             before_R, top_R = top_R, torch.maximum(top_R, logits_RW.amax(-1))

@@ -13,10 +13,11 @@ A special token is the empty piece. So is what comes after an EOS; where that wa
 the step of the EOS, with p 1.
 """
 
+import itertools
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -248,13 +249,15 @@ class Recorder:
     def pieces(self, ids: list[int]) -> list[str | None]:
         """The text of each token, None for the mask; nothing for special tokens and, after an EOS, for the padding."""
         end = self.end(ids)
-        text = [None if i == self.loaded.mask else self.piece(i) for i in ids[:end]]
+        text, runs = [], itertools.groupby(ids[:end], lambda i: i == self.loaded.mask)
+        for is_mask, run in [(is_mask, list(run)) for is_mask, run in runs]:
+            text += [None] * len(run) if is_mask else pieces_of(self.read, run)
         return text + [""] * (len(ids) - end)
 
-    def piece(self, i: int) -> str:
-        if i not in self.known:
-            self.known[i] = self.loaded.text([i])
-        return self.known[i]
+    def read(self, *ids: int) -> str:
+        if ids not in self.known:
+            self.known[ids] = self.loaded.text(list(ids))
+        return self.known[ids]
 
     def end(self, ids: list[int]) -> int:
         """How long the text is: up to the first EOS after what was given, that included."""
@@ -270,6 +273,21 @@ def rounds(loaded: Loaded, settings: Settings) -> int:
 def copied(run: dict) -> dict:
     """A run as it is now; the recorder goes on to change its own."""
     return {key: list(value) if isinstance(value, list) else value for key, value in run.items()}
+
+
+def pieces_of(read: Callable[..., str], ids: Iterable[int]) -> list[str]:
+    """What each token adds to the text that `read` makes of those before it. Of a character of several tokens, as in a
+    BPE of bytes, the last one has all.
+    """
+    pieces, before, now = [], (), ()
+    for i in ids:
+        now += (i,)
+        head, whole = read(*before), read(*before, *now)
+        pieces.append(whole[len(head) :] if whole.startswith(head) else read(*now))
+        pieces[-len(now) : -1] = [""] * (len(now) - 1)
+        if not pieces[-1].endswith("\ufffd"):
+            before, now = now, ()
+    return pieces
 
 
 def text_of(run: dict, mask: str = "[MASK]") -> str:

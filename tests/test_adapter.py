@@ -237,12 +237,29 @@ def test_loading_leaves_the_denoiser_trainable(folders):
     assert before == {name: p.requires_grad for name, p in model.denoiser.named_parameters()} and len(set(before)) > 1
 
 
-def test_a_base_in_half_precision_is_the_same_base(folders):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_in_half_precision_is_the_same_base(folders, dtype, tmp_path):
     root, inputs, energy = folders
-    model = EDLMModel.from_pretrained(root / "base", dtype=torch.bfloat16).load_energy(str(root / "adapter"))
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    model = EDLMModel.from_pretrained(root / "base", dtype=dtype).load_energy(str(root / "adapter"))
+    assert {p.dtype for p in model.parameters()} == {dtype}
     scale = float(energy.abs().max())  # bfloat16 has 8 bits, and these weights are large
     torch.testing.assert_close(model.energy(*inputs), energy, atol=0.1 * scale, rtol=0)
+    model.denoiser.save_pretrained(tmp_path)  # rounded once, whatever it is loaded as
+    assert EDLMModel.from_pretrained(tmp_path, dtype=torch.float32).load_energy(str(root / "adapter")).energy_model
+    model.denoiser.head.linear.bias.data[0] += 1
+    with pytest.raises(ValueError, match="whose weights are others"):
+        model.load_energy(str(root / "adapter"))
+
+
+def test_an_adapter_of_an_older_version_has_one_checksum(folders, tmp_path):
+    root, _, _ = folders
+    folder = shutil.copytree(root / "adapter", tmp_path / "adapter")
+    description = json.loads((folder / DESCRIPTION).read_text())
+    del description["base"]["sha256_float16"]
+    (folder / DESCRIPTION).write_text(json.dumps(description))
+    assert EDLMModel.from_pretrained(root / "base", dtype=torch.bfloat16).load_energy(str(folder)).energy_model
+    with pytest.raises(ValueError, match="whose weights are others"):
+        EDLMModel.from_pretrained(root / "base", dtype=torch.float16).load_energy(str(folder))
 
 
 @pytest.mark.parametrize(

@@ -274,6 +274,19 @@ def test_prefixes(prefix: str, kind: str) -> None:
     assert_same(from_official(prefixed(prefix, kind), kind, HEADS), converted(kind))
 
 
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "model.", "module._orig_mod.", "model.module."])
+def test_names_that_wrappers_give(wrapper: str) -> None:
+    """torch.compile, DDP and a trainer's class, around the whole; torch.compile within."""
+    assert_same(from_official(prefixed(wrapper + "backbone.", "denoiser"), "denoiser", HEADS), converted("denoiser"))
+    within = {name.replace("blocks.", "_orig_mod.blocks."): value for name, value in tensors("ar").items()}
+    assert_same(from_official(within, "ar", HEADS), converted("ar"))
+    state = lightning("nce")
+    state["state_dict"] = {wrapper + name: value for name, value in state["state_dict"].items()}
+    assert_same(from_official(state, "nce", HEADS), converted("nce"))
+    with pytest.raises(ValueError, match="weights twice, with and without"):
+        from_official(prefixed(wrapper, "ar") | tensors("ar"), "ar", HEADS)
+
+
 @pytest.mark.parametrize("kind", ["ar", "nce"])
 def test_both_networks_of_one_state_dict(kind: str) -> None:
     state = prefixed("backbone.", "denoiser") | prefixed("ebm.", kind) | prefixed("backbone.ebm.", kind)

@@ -4,6 +4,7 @@ Shapes: B batch, L length, N blocks.
 """
 
 import contextlib
+import gzip
 import itertools
 import random
 import shutil
@@ -22,6 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from training.common import data
+from training.common.arguments import names_files
 from training.common.data import (
     PackedTokens,
     StreamedBlocks,
@@ -93,12 +95,32 @@ def test_a_folder_of_text_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("first")
     assert list(read_texts(str(tmp_path))) == ["first", "zweite\r\nZeile \u00e9"]
     # Text of no split is for training only; validating on it must be asked for, by a file's name.
-    with pytest.raises(FileNotFoundError, match=r"no validation\*.parquet or validation\*.txt .*a.txt"):
+    with pytest.raises(FileNotFoundError, match=r"no validation\*.parquet or validation\*.txt or .*a.txt"):
         read_texts(str(tmp_path), "validation")
     (tmp_path / "validation.txt").write_text("held out")
     (tmp_path / "train.txt").write_text("seen")
     assert list(read_texts(str(tmp_path), "validation")) == ["held out"]
     assert list(read_texts(str(tmp_path))) == ["seen"]
+
+
+def test_lines_of_json_compressed_text_and_patterns(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one\\n"}\n\n{"text": "zwei \u00e9", "n": 2}\n', encoding="utf-8")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress("drei \u00e9\n".encode()))
+    (tmp_path / "c.txt").write_text("four")
+    (tmp_path / ".c.txt").write_text("an editor's")
+    (tmp_path / "d.txt").mkdir()
+    assert list(read_texts(str(tmp_path / "a.jsonl"))) == ["one\n", "zwei \u00e9"]
+    assert list(read_texts(str(tmp_path / "b.txt.gz"))) == ["drei \u00e9\n"]
+    assert list(read_texts(str(tmp_path / "[a-c]*"), "validation")) == ["one\n", "zwei \u00e9", "drei \u00e9\n", "four"]
+    assert list(read_texts(str(tmp_path))) == ["four"]
+    for source in (tmp_path / "*.nothing", tmp_path / "none.jsonl", "none.jsonl", "none.txt.gz"):
+        with pytest.raises(FileNotFoundError, match="no such file or folder"):
+            read_texts(str(source))
+    (tmp_path / "train-1.jsonl").write_text('{"text": "of the split"}')
+    assert list(read_texts(str(tmp_path))) == ["of the split"]
+    assert (
+        names_files(str(tmp_path / "*.txt")) and names_files(str(tmp_path / "c.txt")) and not names_files(str(tmp_path))
+    )
 
 
 def test_missing_sources(tmp_path: Path) -> None:
@@ -116,7 +138,12 @@ def test_missing_sources(tmp_path: Path) -> None:
         ("noise.parquet", b"this is no parquet file at all", "arquet"),
         ("empty.txt", b"", "empty"),
         ("latin.txt", "caf\u00e9".encode("latin-1"), "utf-8.*position 3"),
-        ("table.csv", b"text\nhello", "expected a .parquet or a .txt"),
+        ("table.csv", b"text\nhello", "expected a file of .parquet, .txt, .jsonl, .txt.gz"),
+        ("cut.txt.gz", gzip.compress(b"text", mtime=0)[:-9], "end-of-stream"),
+        ("noise.txt.gz", b"this is no gzip", "gzip"),
+        ("broken.jsonl", b'{"text": "a"}\n{"te', "Unterminated"),
+        ("other.jsonl", b'{"body": "a"}', "field 'text' has None in row 0, which is not text"),
+        ("empty.jsonl", b"", "the file has no rows"),
     ],
 )
 def test_bad_files_are_named_with_the_reason(tmp_path: Path, name: str, content: bytes, reason: str) -> None:

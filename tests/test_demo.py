@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from modeling_edlm import EDLMConfig, EDLMForCausalLM, EDLMModel
 from support.toy import make_toy
+from training.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "hub_cards" / "demo.py"
@@ -247,6 +248,19 @@ def test_interrupt(folder, environment):
     assert code == 130 and "Traceback" not in output
     assert output.rindex(SHOW_CURSOR) > output.rindex(HIDE_CURSOR)
     assert output.count(" passes, ") < 4
+
+
+def test_characters_of_several_tokens_are_drawn_whole(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    tokenizer = train_tokenizer(["the city of the old"] * 9, vocab_size=268)
+    text, mask = "the naïve 世界 \U0001f642 end", tokenizer.mask_token_id
+    ids = tokenizer(text).input_ids
+    canvas = load_script(DEMO).Canvas(tokenizer, mask, [mask] * len(ids), 2, "EDLM", None)
+    cut = len(tokenizer("the naïve 世").input_ids) - 1
+    canvas.draw(ids[:cut] + [mask] + ids[cut + 1 :], 1)
+    canvas.draw(ids, 2)
+    lines = [line.removesuffix(" ") for line in capsys.readouterr().out.splitlines() if not line.startswith("--")]
+    assert lines == ["the naïve \ufffd .界 \U0001f642 end", text]
 
 
 @pytest.mark.parametrize("no_color", ["", "1"])

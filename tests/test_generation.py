@@ -4,6 +4,8 @@ import copy
 import itertools
 import re
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -267,6 +269,36 @@ def test_training_mode_is_restored_and_does_not_matter():
     flags = [module.training for module in model.modules()]
     assert torch.equal(model.generate(seed=2), expected)
     assert [module.training for module in model.modules()] == flags
+
+
+def test_training_mode_is_of_no_call_that_runs():
+    """Switched on by a callback, or by a call in another thread that ends first: no dropout; the flags come back."""
+    model = make_toy("nce", length=16, dropout=0.5)
+    expected, nll = model.generate(seed=2, num_steps=8), model.likelihood(torch.zeros(1, 16).long(), num_times=4).nll
+    callback = {"callback_on_step_end": lambda model, *_: model.train()}
+    for _ in range(2):  # in eval mode, then in training mode
+        assert torch.equal(model.generate(seed=2, num_steps=8, **callback), expected)
+        assert all(module.training for module in model.modules())
+
+    started, ended = threading.Event(), threading.Event()
+
+    def wait(model, step, *_):
+        if step == 2:
+            started.set()
+            assert ended.wait(20)
+
+    first = {"seed": 2, "num_steps": 8, "callback_on_step_end": wait}
+    with ThreadPoolExecutor() as pool:
+        text = pool.submit(model.generate, **first)
+        assert started.wait(20)
+        assert torch.equal(model.likelihood(torch.zeros(1, 16).long(), num_times=4).nll, nll)
+        assert not any(module.training for module in model.modules())  # the other call still runs
+        model.train()
+        ended.set()
+        assert torch.equal(text.result(), expected)
+    assert all(module.training for module in model.modules())
+    x = torch.zeros(1, 16, dtype=torch.int64)
+    assert not torch.equal(model(x, t=0.5).logits, model(x, t=0.5).logits)  # as training wants it
 
 
 PROMPT = torch.tensor([[0, 1]])

@@ -207,6 +207,27 @@ def test_real_words():
 # ---- how sure
 
 
+def test_values_at_the_edges():
+    """Empty texts, one text, duplicates, other alphabets: what the definitions give, or an error."""
+    assert metrics.repetition_rate(["", "abcde abcde", "abc", "abcde abcde"]).tolist() == [0, 0.25, 0, 0.25]
+    assert metrics.repetition_rate(["\u65e5\u672c\u8a9e" * 4]).tolist() == pytest.approx([6 / 9])
+    assert metrics.ngram_divergence(["ab"], ["cd"], 2) == {"divergence": 1.0}
+    assert metrics.ngram_divergence(["aaaa"] * 3, ["", "ab", "abcdef"], 2)["divergence"] <= 1.0
+    assert metrics.ngram_divergence(["abc"] * 5, ["abc"], 3) == {"divergence": 0.0}  # of frequencies, not of counts
+    assert metrics.ngram_floor(["abc", "abc"], 2) == 0
+    composed, apart = "el \u00f1and\u00fa corre", "el n\u0303andu\u0301 corre"
+    assert metrics.words_of(composed) == metrics.words_of(apart) == ["el", "\u00f1and\u00fa", "corre"]
+    assert metrics.real_word_share([composed, apart, "", "one"], metrics.word_list([apart])).tolist() == [1, 1, 0, 0]
+    for function in (metrics.repetition_rate, metrics.text_features, lambda x: metrics.ngrams(x, 1)):
+        for nothing in ([], [""], ["", ""]):
+            with pytest.raises(ValueError, match="sequences must not all be empty"):
+                function(nothing)
+    calls = (metrics.word_list, lambda x: metrics.real_word_share(x, set()), lambda x: metrics.split(x, "words"))
+    for function in calls:
+        with pytest.raises(ValueError, match="texts must be a list of texts, got the text 'one text'"):
+            function("one text")
+
+
 def test_bootstrap_intervals_cover_the_mean():
     rng = np.random.default_rng(0)
     intervals = [metrics.bootstrap_interval(rng.normal(size=40), num_resamples=300, seed=i) for i in range(300)]

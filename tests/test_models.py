@@ -1,7 +1,10 @@
 """Configuration, networks, round trips through a folder, and loading without the package."""
 
+import copy
+import inspect
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -9,15 +12,27 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from test_sampler import chi_square
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+)
 
 from modeling_edlm import EDLMConfig, EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
-from modeling_edlm.backbone import CACHE, apply_linear
+from modeling_edlm.backbone import CACHE, apply_linear, compiled
 from modeling_edlm.energies import causal_log_prob
+from modeling_edlm.vocabulary import log_prob_projected
+from support.fake_hub import TOKEN
 from support.toy import MASK, make_toy
 from training.common.contrast import nce_loss
 
@@ -181,6 +196,25 @@ def test_the_autoregressive_model_never_writes_a_mask():
     assert text.shape == (20, 13) and (text[:, 0] == 11).all() and (text[:, 1:] != 11).all()
 
 
+def test_the_callers_generation_configuration_is_taken():
+    """Its BOS and its suppressed tokens, then those of the model's own; beside them never a mask."""
+    model, given = randomize(small(EDLMForCausalLM)), GenerationConfig(max_new_tokens=4, bos_token_id=3, pad_token_id=0)
+    model.generation_config = GenerationConfig(max_length=9, pad_token_id=0)
+    model.head.linear.bias.data[[11, 5, 7]] = torch.tensor([30.0, 20.0, 10.0])
+    assert model.generate(generation_config=given).tolist() == [[3, 5, 5, 5, 5]]
+    assert model.generate(None, given, bos_token_id=None, suppress_tokens=None).tolist() == [[3, 5, 5, 5, 5]]
+    given.suppress_tokens = [5]
+    assert model.generate(generation_config=given).tolist() == [[3, 7, 7, 7, 7]]
+    assert (given.suppress_tokens, given.bos_token_id) == ([5], 3)
+    assert model.generate(generation_config=given, bos_token_id=2, suppress_tokens=[7])[0, :3].tolist() == [2, 5, 5]
+    assert model.generate(max_new_tokens=2).tolist() == [[11, 5, 5]]  # the mask, where there is no BOS
+    model.generation_config.update(bos_token_id=4, suppress_tokens=[5])
+    assert model.generate().tolist() == [[4] + [7] * 8]
+    assert model.generate(max_new_tokens=2, bos_token_id=6).tolist() == [[6, 7, 7]]
+    given.update(bos_token_id=None, suppress_tokens=None)
+    assert model.generate(generation_config=given).tolist() == [[4, 7, 7, 7, 7]]
+
+
 def test_causal_model_sees_no_future_and_its_cache_changes_nothing():
     model = randomize(EDLMForCausalLM(EDLMConfig(**SMALL)))
     x = torch.randint(0, 11, (2, 10))
@@ -192,6 +226,9 @@ def test_causal_model_sees_no_future_and_its_cache_changes_nothing():
         past = model(x[:, :4], use_cache=True)[CACHE]
         step = model(x[:, 4:5], **{name: past}, use_cache=True)
         torch.testing.assert_close(step.logits[:, 0], logits[:, 4], atol=1e-5, rtol=1e-4)
+    with compiled(), torch.no_grad():  # which has no place for a cache
+        step = model(x[:, 4:5], cache=model(x[:, :4], use_cache=True)[CACHE], use_cache=True)
+    torch.testing.assert_close(step.logits[:, 0], logits[:, 4], atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="cache and past_key_values"):
         model(x[:, 4:5], cache=past, past_key_values=past)
     greedy = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
@@ -211,16 +248,110 @@ def test_autoregressive_text_follows_its_models_own_law(use_cache):
     assert chi_square(counts_N, log_p_N.detach().exp()) > 1e-6
 
 
-@pytest.mark.parametrize("cls", [EDLMForMaskedLM, EDLMForCausalLM, EDLMEnergyModel, EDLMModel])
+CLASSES = [EDLMForMaskedLM, EDLMForCausalLM, EDLMEnergyModel, EDLMModel]
+
+
+def small(cls, length=16, **changes):
+    changes |= {"energy_type": "nce" if cls is EDLMEnergyModel else "none", "max_position_embeddings": length}
+    return cls(EDLMConfig(**SMALL | changes))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
 def test_an_argument_that_forward_does_not_know_is_an_error(cls):
     """One that is swallowed is how transformers 5.24 lost the cache of the autoregressive model. The library's own
-    `return_dict` is known."""
-    model = cls(EDLMConfig(**SMALL, energy_type="nce" if cls is EDLMEnergyModel else "none"))
+    `return_dict` is known. What a Trainer keeps of a data set are the names in the signature.
+    """
+    model = small(cls)
     x = torch.zeros(1, 3, dtype=torch.int64)
     more = {"xt": x} if cls is EDLMEnergyModel else {}
-    with pytest.raises(TypeError, match="the_cache"):
-        model(x, **more, the_cache=None)
+    for name in ("the_cache", "label", "position_id"):
+        with pytest.raises(TypeError, match=f"'{name}'"):
+            model(x, **more, **{name: None})
     assert torch.equal(model(x, **more, return_dict=False)[0], model(x, **more, return_dict=True).logits)
+    parameters = inspect.signature(cls.forward).parameters.values()
+    assert {p.kind for p in parameters} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    assert {"input_ids", "attention_mask", "labels", "num_items_in_batch"} <= {p.name for p in parameters}
+    shown = {"inputs_embeds": (torch.zeros(1, 3, 16), "a tensor .1, 3, 16."), "output_attentions": (True, "True")}
+    for name, (value, text) in (shown | {"output_hidden_states": (True, "True")}).items():
+        assert model(x, **more, **{name: None}).logits.shape[0] == 1  # PEFT names them to every model
+        with pytest.raises(ValueError, match=f"{cls.__name__} does not support {name}, got {text}"):
+            model(x, **more, **{name: value})
+
+
+def test_a_whole_edlm_passes_on_all_that_its_denoiser_takes():
+    model = randomize(EDLMModel(EDLMConfig(**SMALL | {"time_conditioning": True})))
+    x, positions, t = torch.randint(0, 12, (2, 6)), torch.tensor([0, 3, 11]), torch.tensor([0.2, 0.9])
+    mask, places = torch.ones_like(x), torch.arange(6).expand(2, -1) + 3
+    mask[0, :2] = 0
+    call = dict(attention_mask=mask, t=t, positions=positions, position_ids=places, labels=x % 11, num_items_in_batch=7)
+    whole, denoiser = model(x, **call), model.denoiser(x, **call)
+    assert torch.equal(whole.logits, denoiser.logits) and torch.equal(whole.loss, denoiser.loss)
+    assert model(x, mask, t, positions).logits.shape == (3, 12)
+
+
+def test_losses_are_means_over_the_labels_that_count():
+    x, labels = torch.randint(0, 11, (3, 6)), torch.randint(0, 11, (3, 6), dtype=torch.int32)
+    labels[0, :4] = labels[2] = -100
+    for cls in (EDLMForMaskedLM, EDLMForCausalLM):
+        model = randomize(small(cls))
+        log_p, shift = model(x).logits[..., :11].log_softmax(-1), int(cls is EDLMForCausalLM)  # no mass on the mask
+        places = [(n, i) for n in range(3) for i in range(shift, 6) if labels[n, i] != -100]
+        nll = -sum(log_p[n, i - shift, labels[n, i]] for n, i in places)
+        torch.testing.assert_close(model(x, labels=labels).loss, nll / len(places))
+        torch.testing.assert_close(model(x, labels=labels, num_items_in_batch=40).loss, nll / 40)
+    with pytest.raises(ValueError, match="labels need all logits"):
+        model(x, labels=labels, logits_to_keep=1)
+    energy, xt = randomize(small(EDLMEnergyModel)), torch.full_like(x, 11)
+    e = energy(x, xt).logits[:, 0]
+    loss = energy(x, xt, labels=torch.tensor([1, 0, -100])).loss
+    torch.testing.assert_close(2 * loss, nce_loss(e[:1], e[1:2]))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_accumulation_in_the_librarys_trainer_gives_the_step_of_the_large_batch(cls, tmp_path):
+    """Rows with different numbers of labels, one at a time or all at once: the same loss, gradient and weights. A
+    Trainer keeps the columns that `forward` names.
+    """
+    torch.manual_seed(0)
+    x = torch.randint(0, 11, (4, 6))
+    labels = x.clone()
+    for row, gone in enumerate((0, 5, 3, 1)):
+        labels[row, :gone] = -100
+    rows = [{"input_ids": a, "labels": b} for a, b in zip(x, labels, strict=True)]
+    if cls is EDLMEnergyModel:
+        rows = [{"input_ids": a, "xt": torch.full((6,), 11), "labels": n % 2} for n, a in enumerate(x)]
+    data = Dataset.from_list(
+        [{k: v.tolist() if torch.is_tensor(v) else v for k, v in r.items()} | {"n": 1} for r in rows]
+    )
+    steps = []
+    for batch_size in (1, 4):
+        model = randomize(small(cls, dropout=0.0))
+        accumulation = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 4 // batch_size}
+        more = {"max_steps": 1, "logging_steps": 1, "optim": "sgd", "learning_rate": 0.1, "report_to": "none"}
+        options = TrainingArguments(tmp_path, **accumulation, **more, use_cpu=True, disable_tqdm=True)
+        trainer = Trainer(model, options, train_dataset=data, eval_dataset=data)
+        trainer.train()
+        log = trainer.state.log_history[0]
+        steps.append((log["loss"], log["grad_norm"], model.state_dict()))
+        evaluated = trainer.evaluate()["eval_loss"]
+    for one, four in zip(steps[0][2].values(), steps[1][2].values(), strict=True):
+        torch.testing.assert_close(one, four, atol=1e-6, rtol=1e-5)
+    assert steps[0][:2] == pytest.approx(steps[1][:2], rel=1e-4) and steps[0][1] > 0
+    batch = {k: torch.stack([torch.as_tensor(row[k]) for row in rows]) for k in rows[0]}
+    assert evaluated == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+    assert steps[0][0] == pytest.approx(randomize(small(cls, dropout=0.0))(**batch).loss.item(), rel=1e-4)
+
+
+def test_texts_of_the_librarys_sequence_trainer(tmp_path):
+    """Its own arguments of `generate()` (`synced_gpus`, the labels) pass through the autoregressive model."""
+    model, x = randomize(small(EDLMForCausalLM, pad_token_id=0, eos_token_id=0)), torch.randint(1, 11, (3, 4))
+    options = {"predict_with_generate": True, "generation_max_length": 7, "generation_num_beams": 2}
+    arguments = Seq2SeqTrainingArguments(tmp_path, **options, report_to="none", use_cpu=True, disable_tqdm=True)
+    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in x]
+    found = Seq2SeqTrainer(model, arguments).predict(rows)
+    expected = model.generate(x, attention_mask=torch.ones_like(x), max_length=7, num_beams=2)
+    assert torch.equal(torch.tensor(found.predictions)[:, :7], expected)  # the rest is padding
+    assert found.metrics["test_loss"] == pytest.approx(model(x, labels=x).loss.item(), rel=1e-5)
 
 
 def test_positions_project_the_same_rows():
@@ -373,6 +504,23 @@ def test_a_gpt2_energy_without_the_mask_token(tmp_path):
     assert torch.equal(loaded.generate(seed=0, num_steps=3), model.generate(seed=0, num_steps=3))
 
 
+def test_a_text_is_no_longer_than_the_energy_can_read(tmp_path):
+    """Of its 8 positions GPT-2 has none more; EDLM's own model would read on, past what it was trained for."""
+    sizes = dict(vocab_size=12, n_embd=16, n_layer=1, n_head=2, bos_token_id=10, eos_token_id=None)
+    for energy in (GPT2LMHeadModel(GPT2Config(n_positions=8, **sizes)), small(EDLMForCausalLM, length=8)):
+        model = EDLMModel.from_components(randomize(small(EDLMForMaskedLM)), randomize(energy))
+        model.save_pretrained(tmp_path)
+        for whole in (model, EDLMModel.from_pretrained(tmp_path)):
+            assert whole.generate(seed=0, num_steps=2, num_candidates=2).shape == (1, 8)
+            with pytest.raises(ValueError, match="make 9 tokens, more than max_position_embeddings=8"):
+                whole.generate(max_length=9)
+            with pytest.raises(ValueError, match="has 9 tokens, more than max_position_embeddings=8"):
+                whole.likelihood(torch.zeros(1, 9, dtype=torch.int64))
+            assert whole.energy_model.config.max_position_embeddings == 8
+    model = EDLMModel.from_components(small(EDLMForMaskedLM), GPT2LMHeadModel(GPT2Config(n_positions=32, **sizes)))
+    assert model.config.max_position_embeddings == 16 and model.energy_model.config.n_positions == 32
+
+
 @pytest.mark.parametrize(
     "changes, energy_type, message",
     [
@@ -401,6 +549,100 @@ def test_a_folder_is_not_taken_for_another_network(tmp_path):
     for cls in (EDLMModel, EDLMForMaskedLM, EDLMEnergyModel):
         with pytest.raises(ValueError, match="holds an EDLMForCausalLM"):
             cls.from_pretrained(tmp_path / "ar")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, device", [(torch.float64, None), (torch.bfloat16, None), (torch.float32, "meta")])
+def test_the_defaults_of_torch_are_not_the_models(dtype, device):
+    """What is made within: an energy from its denoiser, log-probabilities without a table of logits."""
+    denoiser = randomize(small(EDLMForMaskedLM))
+    x, ids = torch.randint(0, 12, (2, 6)), torch.randint(0, 11, (9,))
+    hidden, weight, bias = torch.randn(9, 16), torch.randn(11, 16), torch.randn(11)
+
+    def results():
+        start = {} if device else EDLMEnergyModel.from_denoiser(denoiser).network.backbone.state_dict()
+        return *start.values(), denoiser.log_p_x0(x), log_prob_projected(hidden, weight, bias, 3, ids)
+
+    expected = results()
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        found = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_copies_pickles_and_shards_are_the_same_model(cls, tmp_path):
+    model = randomize(small(cls))
+    model.save_pretrained(tmp_path, max_shard_size="5KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 5
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), cls.from_pretrained(tmp_path)):
+        assert same_weights(other, model) and not same_storage(other, model)
+        assert other.config.fields() == model.config.fields()
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_folder_of_older_weights_holds_the_new_ones(cls, tmp_path):
+    """Whole or in shards, and the other way round: transformers would load the whole ones, whichever are new."""
+    old, new = randomize(small(cls)), randomize(small(cls), std=0.5)
+    for sizes in (("5GB", "5KB"), ("5KB", "5GB"), ("5KB", "9KB")):
+        for model, size in zip((old, new), sizes, strict=True):
+            model.save_pretrained(tmp_path, max_shard_size=size)
+        assert same_weights(cls.from_pretrained(tmp_path), new)
+        assert (tmp_path / "model.safetensors").exists() != (tmp_path / "model.safetensors.index.json").exists()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an adapter, adapter_config.json"):
+        old.save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    assert same_weights(cls.from_pretrained(tmp_path), new)
+
+
+def same_storage(a, b) -> bool:
+    return bool({p.data_ptr() for p in a.parameters()} & {p.data_ptr() for p in b.parameters()})
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_the_vocabulary_is_not_resized(cls):
+    """The mask id, the energy's vocabulary and a checkpoint's say how large it is."""
+    model = randomize(small(cls))
+    before = copy.deepcopy(model)
+    for call in ({"new_num_tokens": 15}, {"new_num_tokens": 5}, {"pad_to_multiple_of": 8}):
+        with pytest.raises(ValueError, match="resize_token_embeddings cannot change a vocabulary of 12 tokens"):
+            model.resize_token_embeddings(**call)
+    assert model.resize_token_embeddings(12) is model.resize_token_embeddings() is model.get_input_embeddings()
+    assert same_weights(model, before) and model.config.vocab_size == 12
+
+
+@pytest.mark.parametrize("cls", [EDLMForMaskedLM, EDLMForCausalLM, EDLMModel])
+def test_a_model_under_the_compiler_generates_the_same(cls):
+    """`torch.compile(model)` stands before it; `model.compile()` is within."""
+    model, x = randomize(small(cls)), torch.randint(0, 11, (2, 3))
+    options = {"do_sample": False, "pad_token_id": 0} if cls is EDLMForCausalLM else {"num_steps": 2, "seed": 0}
+    expected = model.generate(x, max_new_tokens=3, **options)
+    assert torch.equal(torch.compile(model, backend="eager").generate(x, max_new_tokens=3, **options), expected)
+    if cls is EDLMForCausalLM:  # compiled anew at each length: seconds
+        return
+    model.compile(backend="eager")
+    assert torch.equal(model.generate(x, max_new_tokens=3, **options), expected)
+
+
+def test_an_autoregressive_model_is_pushed_alone(hub, tmp_path, monkeypatch):
+    """With its code, and without the pipeline of the sampler."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    api = HfApi(endpoint=hub.endpoint, token=TOKEN)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", api)  # made once for a process
+    model = randomize(small(EDLMForCausalLM))
+    model.push_to_hub("me/ar", token=TOKEN)
+    folder = api.snapshot_download("me/ar", local_dir=tmp_path)
+    found = json.loads((tmp_path / "config.json").read_text())
+    assert found["architectures"] == ["EDLMForCausalLM"] and "custom_pipelines" not in found
+    assert found["auto_map"]["AutoModelForCausalLM"] == "modeling_edlm.EDLMForCausalLM"
+    assert (tmp_path / "modeling_edlm.py").exists() and not (tmp_path / "custom_generate").exists()
+    assert same_weights(EDLMForCausalLM.from_pretrained(folder), model)
 
 
 def test_dtype_round_trip(tmp_path):
@@ -472,8 +714,8 @@ def test_folder_works_without_the_package(tmp_path):
     lm = randomize(EDLMForCausalLM(EDLMConfig(**SMALL)))
     model.save_pretrained(tmp_path / "repo")
     lm.save_pretrained(tmp_path / "repo" / "ar")
-    for copy in (tmp_path / "repo" / "ar").glob("*.py"):
-        copy.unlink()
+    for code in (tmp_path / "repo" / "ar").glob("*.py"):
+        code.unlink()
     result = run_remote(tmp_path / "repo", tmp_path / "again")
     x, xt = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 11, 11, 4]])
     assert result["classes"] == ["EDLMModel", "EDLMForMaskedLM", "EDLMEnergyModel", "EDLMForCausalLM"]
@@ -500,8 +742,8 @@ def test_folder_without_code_works_with_the_package(tmp_path):
     """The example of docs/loading.md as a user of `pip install .` runs it on a clone, where the code copies are not."""
     model = randomize(EDLMModel(EDLMConfig(**SMALL)))
     model.save_pretrained(tmp_path)
-    for copy in tmp_path.glob("*.py"):
-        copy.unlink()
+    for file in tmp_path.glob("*.py"):
+        file.unlink()
     code = "import sys, modeling_edlm; from transformers import AutoModel; "
     code += (
         "print(AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).generate(seed=0, num_steps=3).tolist())"

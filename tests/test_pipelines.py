@@ -123,6 +123,12 @@ def test_the_best_of_some_at_the_end_of_a_text(pipe, model, tokenizer):
     torch.testing.assert_close(found[0, 1], model.score(x[0, 1:], canvas)[0])
 
 
+def test_a_pipeline_can_be_shown(pipe, model, tokenizer):
+    filling = pipeline("fill-mask", model=model.denoiser, tokenizer=tokenizer)
+    for shown, name in ((repr(pipe), "EDLMModel"), (repr(filling), "EDLMForMaskedLM")):
+        assert f"'model': '{name}'" in shown and "'output_modalities': ('text',)" in shown
+
+
 def test_arguments_of_the_pipeline_hold_for_its_calls(model, tokenizer):
     config = model.generation_config_class(num_steps=3, max_length=9)
     fixed = EDLMTextGenerationPipeline(

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modeling_edlm import EDLMModel
 from support.space_server import MODEL, ROOT, SPACE, STORIES, serve
 from training.common.metrics import bits_per_character
+from training.tokenizer import train_tokenizer
 
 SHORT = {"num_steps": 6, "num_candidates": 4, "window_low": 0.0, "length": 24}
 PLAIN = {"window_high": 1.0, "shared_completion": False}  # of the model that most tests use, as in its own defaults
@@ -359,6 +360,26 @@ def test_pieces_keep_their_spaces_and_typed_brackets_are_text(space, engine, sto
     assert stories.text([0, 1, 2]) == ""
     # a space before a gap or at the end belongs to the token that will be there
     assert engine.tokenize(stories, "She sat [MASK 2] down. ") == engine.tokenize(stories, "She sat[MASK 2] down.")
+
+
+def test_characters_of_several_tokens_are_whole(engine):
+    """In a BPE of bytes: what the tokens add up to is the text, a part of a character is shown where it is cut off."""
+    tokenizer = train_tokenizer(["the city of the old"] * 9, vocab_size=268)
+
+    def pieces(ids):
+        return engine.pieces_of(lambda *ids: tokenizer.decode(list(ids)), ids)
+
+    text = "the naïve 世界, \U0001f642 the \ufffd end"
+    ids = tokenizer(text).input_ids
+    found = pieces(ids)
+    assert len(ids) > len(text) - 12 and len(found) == len(ids) and "".join(found) == text
+    assert [piece for piece in found if piece and not piece.isascii()] == ["ï", "世", "界", "\U0001f642", "\ufffd "]
+    cut = tokenizer("a世").input_ids[:-1]
+    assert pieces(cut) == ["a", "", "\ufffd"] and pieces(tokenizer("ab").input_ids) == ["a", "b"] and pieces([]) == []
+
+    words = {"un": "un", "##told": "told"}  # as word pieces are read: with a space before each but those of "##"
+    read = lambda *ids: " ".join(ids).replace(" ##", "")  # noqa: E731
+    assert engine.pieces_of(read, [*words, "story"]) == ["un", "told", " story"]
 
 
 def test_examples_fit_the_model(space, engine, stories):

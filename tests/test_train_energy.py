@@ -359,7 +359,7 @@ def test_the_launcher_reads_its_configurations(name):
         ({"loss": "gan"}, "loss must be one of .*'nce', 'ranking'.*got 'gan'"),
         ({"head_only": "true"}, "head_only trains no adapter: leave lora_r at 0, got 2"),
         ({"eval_num_steps": "x"}, "eval_num_steps must be numbers with commas between, got 'x'"),
-        ({"patience": -1}, "patience must not be negative, got -1"),
+        ({"patience": -1}, "patience must be at least 0, got -1"),
         ({"energy_num_layers": 3}, "'energy_num_layers': 3.*2 blocks"),
         ({"energy_pooling": "mean"}, "energy_target='xs' needs energy_pooling='sum'"),
     ],
@@ -403,6 +403,20 @@ def test_compose_keeps_or_merges_an_adapter(base, tmp_path):
     assert not (tmp_path / "merged" / "energy").exists()
     alone = EDLMEnergyModel.from_pretrained(tmp_path / "alone")
     assert torch.equal(alone(x, xt=xt).logits[:, 0], merged.energy(x, xt))
+
+    # into a folder of an older composition: its weights and its adapter go, what is not of a model stays
+    (tmp_path / "kept" / "notes.txt").write_text("mine")
+    compose.main([*parts, str(tmp_path / "kept"), "--merge", "true", "--max_shard_size", "20KB"])
+    again = EDLMModel.from_pretrained(tmp_path / "kept")
+    assert torch.equal(again.energy(x, xt), merged.energy(x, xt))
+    assert not list((tmp_path / "kept" / "energy").iterdir()) and (tmp_path / "kept" / "notes.txt").exists()
+    assert not (tmp_path / "kept" / "model.safetensors").exists()
+    compose.main([*parts, str(tmp_path / "kept")])
+    again = EDLMModel.from_pretrained(tmp_path / "kept")
+    assert again.config.energy_adapter == "energy" and torch.equal(again.energy(x, xt), kept.energy(x, xt))
+    assert [file.name for file in (tmp_path / "kept").glob("model*.safetensors*")] == ["model.safetensors"]
+    with pytest.raises(ValueError, match="run/model holds an adapter, adapter_config.json, that would be loaded too"):
+        compose.main([*parts, str(tmp_path / "run" / "model")])
     with pytest.raises(ValueError, match="energy_only writes a merged adapter"):
         compose.main([*parts, str(tmp_path / "no"), "--energy_only", "true"])
 

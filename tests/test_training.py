@@ -19,9 +19,11 @@ from modeling_edlm import EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDL
 from modeling_edlm.backbone import Block
 from support.toy import MASK, completions, log_mu, make_toy
 from training import compose, pretrain, report, train_energy
+from training.common.arguments import parse_arguments
 from training.common.contrast import LOSSES, contrast, energies, step_times
 from training.common.data import character_tokenizer
 from training.common.loop import row_draws
+from training.common.results import read_lines
 
 DATA = str(Path(__file__).parent / "fixtures" / "wiki27-sample.parquet")
 
@@ -152,6 +154,25 @@ def test_a_checkpoint_killed_while_written_leaves_the_old_one(tokenizer, tmp_pat
     [
         ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
         ({"ema_decay": 1.0}, r"ema_decay .* 1\.0"),
+        ({"max_grad_norm": 0}, r"max_grad_norm must be greater than 0 \(inf: no limit\), got 0\.0"),
+        ({"max_grad_norm": "nan"}, "max_grad_norm must be greater than 0 .*got nan"),
+        ({"learning_rate": -1e-3}, r"learning_rate must be at least 0, got -0\.001"),
+        ({"learning_rate": "nan"}, "learning_rate must be at least 0, got nan"),
+        ({"weight_decay": -1}, r"weight_decay must be at least 0, got -1\.0"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"adam_beta2": 1}, r"adam_beta2 must lie in \[0, 1\), got 1\.0"),
+        ({"checkpoint_minutes": -1}, r"checkpoint_minutes must be at least 0, got -1\.0"),
+        ({"report_to": "wandb"}, "report_to must be trackio, none or auto, got 'wandb'"),
+        ({"eval_blocks": 1}, "eval_blocks must be at least 2, got 1"),
+        ({"final_eval_blocks": 0}, "final_eval_blocks must be at least 2, got 0"),
+        ({"document_stride": 0}, "document_stride must be at least 1, got 0"),
+        ({"text_column": ""}, "text_column must not be empty, got ''"),
+        ({"data": ""}, "data must not be empty, got ''"),
+        ({"data": " "}, "data must not be empty, got ' '"),
+        ({"init_from": "runs/no/model"}, "init_from must be a folder or a repo, and there is no 'runs/no/model' here"),
+        ({"init_from": "./no"}, "init_from must be a folder or a repo, and there is no './no' here"),
+        ({"init_from": "tests/no"}, "init_from must be a folder or a repo, and there is no 'tests/no' here"),
         ({"lr_schedule": "step"}, "lr_schedule .*'step'"),
         ({"mixed_precision": "fp8"}, "mixed_precision .*'fp8'"),
         ({"objective": "gan"}, "objective .*'gan'"),
@@ -167,6 +188,39 @@ def test_bad_arguments_are_named(tokenizer, tmp_path, changes, message):
         pretrain.main(options(tmp_path / "run", tokenizer, **changes))
 
 
+def test_an_output_folder_holds_no_other_model(tokenizer, tmp_path):
+    """What is there would be deleted or written into."""
+    (tmp_path / "a" / "model").mkdir(parents=True)
+    with pytest.raises(ValueError, match="output_dir .*/a has a model that was not trained there: name another"):
+        pretrain.main(options(tmp_path / "a", tokenizer))
+    (tmp_path / "a" / "model" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="output_dir .*/a/model is the folder of a model: name another one"):
+        pretrain.main(options(tmp_path / "a" / "model", tokenizer))
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "model", "config.json"]
+    with pytest.raises(ValueError, match="out must be another folder than ar, which is only read, got .*a/model"):
+        model = str(tmp_path / "a" / "model")
+        compose.main(["--denoiser", tokenizer, "--ar", model, "--out", model])
+
+
+def test_a_failed_evaluation_loses_no_step(tokenizer, tmp_path, monkeypatch):
+    """At a step on the way, and at the last one: what was trained is there, and resuming makes the evaluation up."""
+    pretrain.main(options(tmp_path / "whole", tokenizer, max_steps=4, eval_steps=2))
+    run = options(tmp_path / "run", tokenizer, max_steps=4, eval_steps=2)
+    evaluate, allowed = pretrain.validation_nll, iter([False, True, False])
+    for more in ([], ["--resume", "true"]):  # fails at step 2; resumed, is made up, and fails at step 4
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(pretrain, "validation_nll", lambda *a: evaluate(*a) if next(allowed) else 1 / 0)
+            pretrain.main([*run, *more])
+        assert (tmp_path / "run" / "model" / "config.json").exists()
+    pretrain.main([*run, "--resume", "true"])
+    assert_same_bits(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    found = []
+    for name in ("run", "whole"):
+        rows = read_lines(tmp_path / name / "metrics.jsonl")
+        found.append([(row["step"], row["validation_nll"]) for row in rows if "seconds" in row])
+    assert found[0] == found[1] and [step for step, _ in found[0]] == [2, 4]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tokenizer, tmp_path):
     with pytest.raises(FloatingPointError, match="lower learning_rate"):
         pretrain.main(options(tmp_path, tokenizer, learning_rate=1e30, max_grad_norm=1e30, warmup_steps=0))
@@ -178,6 +232,17 @@ def test_options_from_yaml(tokenizer, tmp_path):
     config.write_text("\n".join(f"{k.removeprefix('--')}: {v}" for k, v in values.items()))
     pretrain.main(["--config", str(config), "--max_steps", "2"])
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
+
+
+def test_values_in_yaml(tokenizer, tmp_path):
+    """Nothing is no value, and a list is one with commas."""
+    config = tmp_path / "run.yaml"
+    config.write_text("seed:\nmax_steps: 2\n")
+    with pytest.raises(ValueError, match="config .*run.yaml: seed has no value"):
+        parse_arguments(pretrain.PretrainArguments, "", [*options(tmp_path, tokenizer), "--config", str(config)])
+    config.write_text("eval_num_steps: [4, 16]\n")
+    asked = ["--base", tokenizer, "--data", DATA, "--output_dir", str(tmp_path / "no"), "--config", str(config)]
+    assert parse_arguments(train_energy.EnergyArguments, "", asked).listed("eval_num_steps", int) == [4, 16]
 
 
 def test_several_processes_train(tokenizer, tmp_path):

@@ -19,7 +19,7 @@ from .common.arguments import answer_early, generation_config, parse_arguments
 @dataclass
 class ComposeArguments:
     denoiser: str = field(metadata={"help": "folder or repo of the denoiser, with its tokenizer"})
-    out: str = field(metadata={"help": "folder to write; other files in it stay"})
+    out: str = field(metadata={"help": "folder to write; files in it that are no weights of the model stay"})
     energy: str = field(default="", metadata={"help": "folder or repo of the energy: an EDLM one or a causal LM"})
     energy_type: str = field(default="nce", metadata={"help": "ar, coar or nce; plays no part without an energy"})
     merge: bool = field(default=False, metadata={"help": "add an adapter into a copy of the denoiser's blocks"})
@@ -54,12 +54,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_edlm import EDLMEnergyModel, EDLMForCausalLM, EDLMForMaskedLM, EDLMModel
+from modeling_edlm.adapter import CONFIG, DESCRIPTION, WEIGHTS
+from modeling_edlm.modeling_edlm import ADAPTER_FOLDER, check_folder
 
 from .common.components import check_tokenizer
 from .common.data import read_texts
 from .common.judge import WORDS
 from .common.metrics import word_list
 from .common.results import added_files
+
+ADAPTER_FILES = (CONFIG, DESCRIPTION, WEIGHTS)
 
 
 def with_parts(denoiser, tokenizer, arguments: ComposeArguments) -> EDLMModel | EDLMEnergyModel:
@@ -82,11 +86,19 @@ def with_parts(denoiser, tokenizer, arguments: ComposeArguments) -> EDLMModel | 
 
 def main(argv: list[str] | None = None):
     arguments = parse_arguments(ComposeArguments, __doc__, argv)
+    check_folder(arguments.out)
+    for name in ("denoiser", "energy", "ar", "judge"):
+        part = getattr(arguments, name)
+        if part and Path(part).exists() and Path(part).resolve() == Path(arguments.out).resolve():
+            raise ValueError(f"out must be another folder than {name}, which is only read, got {arguments.out}")
     denoiser = EDLMForMaskedLM.from_pretrained(arguments.denoiser)
     tokenizer = AutoTokenizer.from_pretrained(arguments.denoiser)
     model = with_parts(denoiser, tokenizer, arguments).to(getattr(torch, arguments.dtype))
     out = Path(arguments.out)
-    with added_files(out) as temporary:
+    # of an older composition: of two sets of weights the library loads the wrong one
+    parts = ["", *(f"{name}/" for name in ("ar", "judge") if getattr(arguments, name))]
+    old = [f"{part}model*.safetensors*" for part in parts] + [f"{ADAPTER_FOLDER}/{name}" for name in ADAPTER_FILES]
+    with added_files(out, replaced=old) as temporary:
         model.save_pretrained(temporary, max_shard_size=arguments.max_shard_size)
         tokenizer.save_pretrained(temporary)
         for name, source in {"ar": arguments.ar, "judge": arguments.judge}.items():

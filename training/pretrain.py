@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .common.arguments import DataArguments, LoopArguments, answer_early, parse_arguments
+from .common.arguments import DataArguments, LoopArguments, answer_early, names_files, parse_arguments
 
 
 @dataclass(kw_only=True)
@@ -33,6 +33,7 @@ class PretrainArguments(LoopArguments, DataArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        self.check_data()
         if self.patience:
             raise ValueError(f"patience is for energies, got {self.patience}")
         if self.objective not in ("mdlm", "ar"):
@@ -113,11 +114,9 @@ class Blocks:
     def __init__(self, arguments: DataArguments, tokenizer: PreTrainedTokenizerFast, length: int, accelerator):
         cache_dir = arguments.cache_dir or Path(arguments.output_dir) / "tokens"
         validation = arguments.validation_data or arguments.data
-        split = "train" if arguments.validation_data and Path(validation).is_file() else "validation"
-        if not arguments.validation_data and Path(validation).is_file():
-            raise ValueError(f"validation_data must be given when data is one file, {arguments.data}")
-        if arguments.document_stride < 1:
-            raise ValueError(f"document_stride must be at least 1, got {arguments.document_stride}")
+        split = "train" if arguments.validation_data and names_files(validation) else "validation"
+        if not arguments.validation_data and names_files(validation):
+            raise ValueError(f"validation_data must be given when data is one file or a pattern, {arguments.data}")
         if arguments.streaming and (arguments.align_documents or arguments.document_stride > 1):
             raise ValueError("align_documents and document_stride need the text at hand: leave streaming out")
 
@@ -148,6 +147,8 @@ class Blocks:
                 self.train, self.fingerprint = cut(tokens), fingerprint(tokens)
             validation_tokens = tokenize(validation, tokenizer, cache_dir, split, arguments.text_column)
         self.validation = cut(validation_tokens)
+        if len(self.validation) < 2:
+            raise ValueError(f"validation_data must make 2 blocks of length {length} or more, for an error, got 1")
         self.arguments, self.accelerator, self.tokenizer = arguments, accelerator, tokenizer
         self.step, self.step_batches = -1, {}
 

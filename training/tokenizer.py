@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .common.arguments import PUBLIC_DATA, CommaLists, answer_early, command, parse_arguments
+from .common.arguments import PUBLIC_DATA, CommaLists, answer_early, command, names_files, parse_arguments
 
 SPECIAL = {"pad_token": "[PAD]", "bos_token": "[BOS]", "eos_token": "[EOS]"}  # ids 0, 1, 2
 LEAST_SIZE = 256 + len(SPECIAL) + 1
@@ -39,7 +39,7 @@ class TokenizerArguments(CommaLists):
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}")
-        files = [source for source in self.listed("data") if Path(source).is_file()]
+        files = [source for source in self.listed("data") if names_files(source)]
         if files and not self.validation_data:
             raise ValueError(f"validation_data must be given when data has a file, {files[0]}")
 
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     validation = arguments.listed("validation_data") or sources
     measured = {}
     for source in validation:
-        split = "train" if Path(source).is_file() else "validation"
+        split = "train" if names_files(source) else "validation"
         measured[Path(source).name] = compression(tokenizer, read_texts(source, split, column))
 
     out = Path(arguments.out)

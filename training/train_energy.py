@@ -52,6 +52,9 @@ class EnergyArguments(LoopArguments, DataArguments, CommaLists):
 
     def __post_init__(self):
         super().__post_init__()
+        self.check_data()
+        if self.eval_sequences == 1:
+            raise ValueError("eval_sequences must be 0, or at least 2 for an error, got 1")
         for name in ("lora_r", "lora_alpha", "eval_sequences", "energy_num_layers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

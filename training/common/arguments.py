@@ -4,10 +4,14 @@ Nothing here imports torch: --help and a wrong option are answered before it is,
 """
 
 import argparse
+import glob
+import math
+import re
 import shlex
 import sys
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
@@ -15,6 +19,7 @@ from transformers import HfArgumentParser
 
 KINDS = ("ar", "coar", "nce")  # of energies
 COMPLETIONS = ("independent", "shared")  # of the candidates of a step
+MODELS = "ar base denoiser energy init_from judge model ranker scorer tokenizer".split()  # options: a folder or a repo
 PUBLIC_DATA = Path("data")  # where a recorded command looks for a data set, wherever it was when it ran
 
 
@@ -69,13 +74,26 @@ class LoopArguments:
     report_to: str = field(default="auto", metadata={"help": "trackio, none, or auto: trackio where it is installed"})
 
     def __post_init__(self):
-        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_steps", "eval_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.patience < 0:
-            raise ValueError(f"patience must not be negative, got {self.patience}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+        counts = ("max_steps", "batch_size", "gradient_accumulation_steps", "log_steps", "eval_steps")
+        amounts = ("learning_rate", "warmup_steps", "weight_decay", "seed", "num_threads", "patience")
+        amounts += ("checkpoint_minutes", "max_minutes")
+        for name, least in dict.fromkeys(counts, 1).items() | dict.fromkeys(amounts, 0).items():
+            if not least <= getattr(self, name) < math.inf:  # nor NaN
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.max_grad_norm > 0:  # every gradient would be scaled to 0
+            raise ValueError(f"max_grad_norm must be greater than 0 (inf: no limit), got {self.max_grad_norm}")
+        for name in ("ema_decay", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.report_to not in ("auto", "trackio", "none"):
+            raise ValueError(f"report_to must be trackio, none or auto, got {self.report_to!r}")
+        if self.report_to == "trackio" and not find_spec("trackio"):
+            raise ValueError("report_to='trackio' needs the package trackio: pip install trackio")
+        out_dir = Path(self.output_dir)
+        if (out_dir / "config.json").exists():
+            raise ValueError(f"output_dir {self.output_dir} is the folder of a model: name another one")
+        if (out_dir / "model").exists() and not (out_dir / "checkpoint.safetensors").exists():
+            raise ValueError(f"output_dir {self.output_dir} has a model that was not trained there: name another one")
         if self.lr_schedule not in ("cosine", "constant_with_warmup"):
             raise ValueError(f"lr_schedule must be cosine or constant_with_warmup, got {self.lr_schedule!r}")
         if self.mixed_precision not in ("no", "bf16"):
@@ -105,8 +123,25 @@ def parse_arguments(argument_class, description: str, argv: list[str] | None = N
             options = yaml.safe_load(file) or {}
         if not isinstance(options, dict):
             raise ValueError(f"config {known.config}: expected a mapping of option names to values")
-        argv = [part for k, v in options.items() for part in (f"--{k}", str(v))] + argv
-    return parser.parse_args_into_dataclasses(argv)[0]
+        for name, value in options.items():
+            if value is None:
+                raise ValueError(f"config {known.config}: {name} has no value")
+            options[name] = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        argv = [part for name, value in options.items() for part in (f"--{name}", value)] + argv
+    arguments = parser.parse_args_into_dataclasses(argv)[0]
+    for option in fields(arguments):
+        value = getattr(arguments, option.name)
+        if option.default is MISSING and option.default_factory is MISSING and not str(value).strip():
+            raise ValueError(f"{option.name} must not be empty, got {value!r}")
+        if option.name in MODELS and value and is_path(value) and not Path(value).exists():
+            raise ValueError(f"{option.name} must be a folder or a repo, and there is no {value!r} here")
+    return arguments
+
+
+def is_path(value: str) -> bool:
+    """Whether a name can be no repo of the Hub, OWNER/NAME, or begins with a folder that is here."""
+    parts = Path(value).parts
+    return not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", value) or (len(parts) == 2 and Path(parts[0]).is_dir())
 
 
 def answer_early(argument_class, description: str) -> None:
@@ -140,7 +175,9 @@ def found_device(name: str) -> str:
 
 @dataclass(kw_only=True)
 class DataArguments:
-    data: str = field(metadata={"help": "a parquet or text file, a folder of them, or a Hub data set"})
+    data: str = field(
+        metadata={"help": "a file (parquet, jsonl, txt, txt.gz), a pattern or folder of them, or a Hub data set"}
+    )
     validation_data: str = field(default="", metadata={"help": "the same for evaluation; default: data's own split"})
     text_column: str = "text"
     cache_dir: str = field(default="", metadata={"help": "where token ids are kept; default: output_dir/tokens"})
@@ -156,6 +193,20 @@ class DataArguments:
     )
     eval_blocks: int = field(default=256, metadata={"help": "validation blocks of the evaluations on the way"})
     final_eval_blocks: int = field(default=4096, metadata={"help": "validation blocks of the last evaluation"})
+
+    def check_data(self) -> None:
+        """Called by the class that has these arguments beside others."""
+        least = {"eval_blocks": 2, "final_eval_blocks": 2, "document_stride": 1, "shuffle_buffer": 1}  # 2: for an error
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}")
+        if not self.text_column:
+            raise ValueError(f"text_column must not be empty, got {self.text_column!r}")
+
+
+def names_files(source: str) -> bool:
+    """Whether it is a file or a pattern of files, of which no split is known."""
+    return Path(source).is_file() or glob.has_magic(source)
 
 
 def public_data(data: str) -> str:

@@ -7,12 +7,15 @@ seen.
 Shapes: B batch of one rank, L length of a block, N tokens of the stream.
 """
 
+import glob
+import gzip
 import hashlib
 import io
 import json
 import lzma
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,6 +35,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .results import write_whole
 
+SUFFIXES = (".parquet", ".txt", ".jsonl", ".txt.gz")
 BATCH_CHARS = 4_000_000  # handed to the tokenizer at once: enough for all its threads, little in memory
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -44,10 +48,11 @@ def read_texts(source: str, split: str = "train", text_column: str = "text", str
 
     Parquet is read row group by row group; a text file is one document, held in memory whole.
 
-    `source` is a .parquet or .txt file (`split` then plays no part); a folder, whose `{split}*.parquet` are read in
-    sorted order, else its `{split}*.txt`, else, for "train" alone, all its *.txt; or the name of a data set on the
-    Hub, `name` or `name:config`, for which the package `datasets` is needed. That is downloaded whole, in all its
-    splits, before the first document comes, or with `streaming` read over the network as the documents are asked for.
+    `source` is a .parquet, .jsonl, .txt or .txt.gz file, or a pattern of such files, as in "books/*.txt" (`split` then
+    plays no part); a folder, whose `{split}*.parquet` are read in sorted order, else its `{split}*.txt`, `.jsonl` or
+    `.txt.gz`, else, for "train" alone, all its *.txt; hidden files are left out; or the name of a data set
+    on the Hub, `name` or `name:config`, for which the package `datasets` is needed. That is downloaded whole, in all
+    its splits, before the first document comes, or with `streaming` read over the network as documents are asked for.
 
     Raises FileNotFoundError for a source that is not there, ImportError for a Hub name without `datasets`, and
     ValueError for a file that is empty, unreadable, not UTF-8 or without the column, each naming file and reason.
@@ -60,11 +65,12 @@ def _open(source: str, split: str, text_column: str, streaming: bool) -> tuple[l
     path = Path(source)
     if packed := packed_split(source, split):
         raise ValueError(f"{packed} is of packed token ids: there is no text to read, or to stream, in {source}")
-    if path.exists():
-        files = _split_files(path, split) if path.is_dir() else [path]
+    files = _files(glob.glob(str(source))) if glob.has_magic(str(source)) else []
+    if path.exists() or files:
+        files = files or (_split_files(path, split) if path.is_dir() else [path])
         origin = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return origin, lambda: (text for file in files for text in _file_texts(file, text_column))
-    if path.suffix in (".parquet", ".txt") or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", source):
+    if str(source).endswith(SUFFIXES) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", source):
         raise FileNotFoundError(f"{source}: no such file or folder")
     try:
         from datasets import load_dataset
@@ -92,21 +98,35 @@ def _open(source: str, split: str, text_column: str, streaming: bool) -> tuple[l
 
 def _split_files(folder: Path, split: str) -> list[Path]:
     # Only "train" may mean "every file": else a run would validate on its training text and not notice.
-    patterns = [f"{split}*.parquet", f"{split}*.txt"] + ["*.txt"] * (split == "train")
+    patterns = [f"{split}*{suffix}" for suffix in SUFFIXES] + ["*.txt"] * (split == "train")
     for pattern in patterns:
-        if files := sorted(folder.glob(pattern)):
+        if files := _files(folder.glob(pattern)):
             return files
     names = sorted(file.name for file in folder.iterdir())[:10]
     raise FileNotFoundError(f"{folder}: no {' or '.join(patterns)} there; the folder has {names}")
 
 
+def _files(found: Iterable[str | Path]) -> list[Path]:
+    """In sorted order, without folders and hidden files, which editors and downloads leave."""
+    return sorted(path for path in map(Path, found) if path.is_file() and path.name[0] != ".")
+
+
 def _file_texts(file: Path, text_column: str) -> Iterator[str]:
     try:
-        if file.suffix == ".txt":
-            text = file.read_bytes().decode("utf-8-sig")  # from bytes: line ends stay as they are
+        if file.name.endswith((".txt", ".txt.gz")):
+            content = file.read_bytes()
+            content = gzip.decompress(content) if file.suffix == ".gz" else content
+            text = content.decode("utf-8-sig")  # from bytes: line ends stay as they are
             if not text:
                 raise ValueError("the file is empty")
             yield text
+        elif file.suffix == ".jsonl":
+            with open(file, encoding="utf-8-sig") as lines:
+                rows = [json.loads(line) for line in lines if line.strip()]
+            if not rows:
+                raise ValueError("the file has no rows")
+            texts = (row.get(text_column) if isinstance(row, dict) else row for row in rows)
+            yield from _checked(texts, f"field {text_column!r}")
         elif file.suffix == ".parquet":
             with pq.ParquetFile(file) as parquet:
                 if text_column not in parquet.schema_arrow.names:
@@ -117,8 +137,8 @@ def _file_texts(file: Path, text_column: str) -> Iterator[str]:
                 texts = (text for batch in batches for text in batch.column(0).to_pylist())
                 yield from _checked(texts, f"column {text_column!r}")
         else:
-            raise ValueError("expected a .parquet or a .txt file")
-    except (OSError, ValueError, pa.ArrowException) as error:  # a UnicodeDecodeError is a ValueError
+            raise ValueError(f"expected a file of {', '.join(SUFFIXES)}")
+    except (OSError, EOFError, zlib.error, ValueError, pa.ArrowException) as error:  # UnicodeDecodeError is one
         raise ValueError(f"cannot read {file}: {error}") from error
 
 

@@ -124,10 +124,31 @@ def train(
         shown = (f"{k} {v:.4g}" for k, v in row.items() if "<=" not in k)  # those by bucket are in the log
         accelerator.print(f"\nstep {step}: " + ", ".join(shown))
 
+    def evaluate_step(is_end) -> bool:
+        """Of the step that is now, whose checkpoint is there; whether `patience` is at its end."""
+        nonlocal best
+        measure(is_end and not arguments.patience)
+        if not arguments.patience:
+            return False
+        is_best, is_over = _first_process(accelerator, _verdict(metrics_path, better, arguments.patience))
+        if is_best:
+            best = averages.weights()
+            save_model()
+            save_checkpoint()
+        if is_over:
+            accelerator.print(f"no better {better} in {arguments.patience} evaluations: stopped")
+        if is_over or is_end:  # the last word is on what was saved
+            measure(True, best)
+        return is_over
+
     progress = tqdm(total=arguments.max_steps, initial=step, disable=not accelerator.is_main_process, smoothing=0.05)
     accumulation = arguments.gradient_accumulation_steps
     started = last_checkpoint = clock = time.monotonic()
     first, stretch = step, (step, started)  # a stretch of nothing but steps
+    if step and (step % arguments.eval_steps == 0 or step == arguments.max_steps):
+        logged = any(row["step"] == step and "seconds" in row for row in read_lines(metrics_path))
+        if not _first_process(accelerator, [logged])[0]:  # it failed, or was killed
+            evaluate_step(step == arguments.max_steps)
     with stop_signal() as stopped:
         while step < arguments.max_steps:
             wrapped.train()
@@ -169,22 +190,13 @@ def train(
                 progress.set_postfix({k: f"{v:.4g}" for k, v in row.items()} | _speed(row))
                 stretch = step, time.monotonic()
             if step % arguments.eval_steps == 0 or is_end:
-                measure(is_end and not arguments.patience)
-                if arguments.patience:
-                    decisions = _verdict(metrics_path, better, arguments.patience)
-                    is_best, is_over = _first_process(accelerator, decisions)
-                    if is_best:
-                        best = averages.weights()
-                        save_model()
-                    if is_over:
-                        accelerator.print(f"no better {better} in {arguments.patience} evaluations: stopped")
-                    if is_over or is_end:  # the last word is on what was saved
-                        measure(True, best)
-                    stop |= is_over
+                save_checkpoint()  # first: an evaluation may fail
+                last_checkpoint = time.monotonic()
+                stop |= evaluate_step(is_end)
                 stretch = step, time.monotonic()
             minutes = (time.monotonic() - last_checkpoint) / 60
             # every process must take the same branch: the first one decides
-            due = minutes >= arguments.checkpoint_minutes or is_end
+            due = minutes >= arguments.checkpoint_minutes
             due, stop, out_of_time = _first_process(accelerator, [due, stop, out_of_time])
             if due or stop or out_of_time:
                 save_checkpoint()

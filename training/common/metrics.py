@@ -13,6 +13,7 @@ Shapes: B samples, R reference texts, L length, V vocabulary, D hidden size, F f
 
 import math
 import re
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 
@@ -201,7 +202,8 @@ def ngram_divergence(
         times_B = np.bincount(chosen_B, minlength=len(samples))
         p = np.bincount(gram_S, weights=times_B[owner_S], minlength=num_grams)
         p = p / p.sum()
-        return max(0.0, _entropy_bits((p + q) / 2) - (_entropy_bits(p) + _entropy_bits(q)) / 2)
+        between = _entropy_bits((p + q) / 2) - (_entropy_bits(p) + _entropy_bits(q)) / 2
+        return min(max(0.0, between), 1.0)  # not past them by rounding
 
     indices_B = np.arange(len(samples))
     result = {"divergence": divergence(indices_B)}
@@ -294,7 +296,13 @@ def split(texts: Iterable[str], units: str) -> list[Sequence[str]]:
     """Texts as sequences of "characters" or of "words", split at white space. Raises ValueError for other units."""
     if units not in ("characters", "words"):
         raise ValueError(f"units must be characters or words, got {units!r}")
-    return [text.split() if units == "words" else text for text in texts]
+    return [text.split() if units == "words" else text for text in _texts(texts)]
+
+
+def _texts(texts: Iterable[str]) -> Iterable[str]:
+    if isinstance(texts, str):  # whose characters would be taken for texts
+        raise ValueError(f"texts must be a list of texts, got the text {texts[:20]!r}")
+    return texts
 
 
 def repetition_rate(sequences: Sequence[Sequence], n: int = 4) -> np.ndarray:
@@ -310,13 +318,15 @@ def repetition_rate(sequences: Sequence[Sequence], n: int = 4) -> np.ndarray:
 
 
 def words_of(text: str) -> list[str]:
-    """Runs of letters, with apostrophes inside, in small letters: "Don't stop!" is don't, stop."""
-    return re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*", text.lower())
+    """Runs of letters, with apostrophes inside, in small letters: "Don't stop!" is don't, stop. An accent is a part of
+    its letter, whether or not it is a character of its own.
+    """
+    return re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*", unicodedata.normalize("NFC", text.lower()))
 
 
 def word_list(texts: Iterable[str]) -> set[str]:
     """The words of reference texts; the first and last of each may be cut and are left out."""
-    return {word for text in texts for word in words_of(text)[1:-1]}
+    return {word for text in _texts(texts) for word in words_of(text)[1:-1]}
 
 
 def real_word_share(texts: Sequence[str], words: set[str]) -> np.ndarray:
@@ -324,7 +334,7 @@ def real_word_share(texts: Sequence[str], words: set[str]) -> np.ndarray:
 
     The first and the last of a text may be cut and do not count; a text without other words has share 0.
     """
-    whole = [words_of(text)[1:-1] for text in texts]
+    whole = [words_of(text)[1:-1] for text in _texts(texts)]
     return np.array([sum(word in words for word in own) / max(len(own), 1) for own in whole])
 
 

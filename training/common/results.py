@@ -7,7 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -35,15 +35,20 @@ def write_json(path: Path, results: dict) -> None:
 
 
 @contextlib.contextmanager
-def added_files(folder: Path):
-    """Write files into a folder of a temporary name; each then takes its place in `folder`, whose other files stay."""
+def added_files(folder: Path, replaced: Collection[str] = ()):
+    """Write files into a folder of a temporary name; each then takes its place in `folder`, whose other files stay, but
+    for those that match one of the patterns `replaced`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, suffix=".tmp") as temporary:
         yield Path(temporary)
-        for file in [file for file in sorted(Path(temporary).rglob("*")) if file.is_file()]:
-            target = folder / file.relative_to(temporary)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
+        files = [file.relative_to(temporary) for file in sorted(Path(temporary).rglob("*")) if file.is_file()]
+        for file in files:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary / file, folder / file)
+        for old in [file for pattern in replaced for file in folder.glob(pattern)]:
+            if old.relative_to(folder) not in files:
+                old.unlink()
 
 
 @contextlib.contextmanager
