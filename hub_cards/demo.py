@@ -16,6 +16,7 @@ import argparse
 import functools
 import itertools
 import json
+import logging
 import math
 import os
 import platform
@@ -448,6 +449,8 @@ def number(text: str) -> int:
 
 
 def main() -> int:
+    for name in ("torchao", "torch.utils._pytree"):  # what another package says of itself, which the demo does not use
+        logging.getLogger(name).setLevel(logging.ERROR)
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path(__file__).parent / "edlm-stories", help="model folder")
     parser.add_argument("--prompt", default=PROMPT, help="beginning of the story (%(default)r)")

@@ -5,6 +5,7 @@ Nothing here imports torch: --help and a wrong option are answered before it is,
 
 import argparse
 import glob
+import logging
 import math
 import re
 import shlex
@@ -113,6 +114,8 @@ NOT_RECORDED = {"num_threads", "cache_dir", "report_to", "resume", "checkpoint_m
 
 def parse_arguments(argument_class, description: str, argv: list[str] | None = None):
     """A dataclass from the command line; `--config file.yaml` gives defaults that later options override."""
+    for name in ("torchao", "torch.utils._pytree"):  # what another package says of itself at its import
+        logging.getLogger(name).setLevel(logging.ERROR)
     parser = HfArgumentParser(argument_class, description=description, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file of options; what stands on the command line wins")
     before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
