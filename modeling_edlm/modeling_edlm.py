@@ -96,11 +96,15 @@ class EDLMPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the folder holds an adapter, which the library would load over these weights.
         """
+        forms = [Path(save_directory) / name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
         if is_main_process and not self._hf_peft_config_loaded:  # with PEFT's adapter in it, that alone is saved
             check_folder(save_directory)
-            for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
-                (Path(save_directory) / name).unlink(missing_ok=True)  # of two the library loads the first, new or not
+        before = {path: path.stat().st_mtime_ns for path in forms if path.exists()}
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process and all(path.exists() for path in forms):  # the library loads the first one, new or not
+            for path in forms:
+                if path.stat().st_mtime_ns == before.get(path):
+                    path.unlink()
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
