@@ -167,6 +167,8 @@ def test_a_checkpoint_killed_while_written_leaves_the_old_one(tokenizer, tmp_pat
         ({"eval_blocks": 1}, "eval_blocks must be at least 2, got 1"),
         ({"final_eval_blocks": 0}, "final_eval_blocks must be at least 2, got 0"),
         ({"document_stride": 0}, "document_stride must be at least 1, got 0"),
+        ({"data": "nothing/at/all"}, "data: no such file or folder: nothing/at/all"),
+        ({"validation_data": "./none*.txt"}, r"validation_data: no such file or folder: ./none\*.txt"),
         ({"text_column": ""}, "text_column must not be empty, got ''"),
         ({"data": ""}, "data must not be empty, got ''"),
         ({"data": " "}, "data must not be empty, got ' '"),

@@ -138,6 +138,12 @@ def parse_arguments(argument_class, description: str, argv: list[str] | None = N
             raise ValueError(f"{option.name} must not be empty, got {value!r}")
         if option.name in MODELS and value and is_path(value) and not Path(value).exists():
             raise ValueError(f"{option.name} must be a folder or a repo, and there is no {value!r} here")
+        for part in str(value).split(",") if option.name in ("data", "validation_data") else ():
+            there = (
+                glob.glob(part) if glob.has_magic(part) else Path(part).exists() or not is_path(part.partition(":")[0])
+            )
+            if part and not there:
+                raise FileNotFoundError(f"{option.name}: no such file or folder: {part}")
     return arguments
 
 
