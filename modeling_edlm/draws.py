@@ -22,7 +22,7 @@ def uniforms(seed: int, *counters: Tensor | int) -> Tensor:
             state ^ _mix(counter.long() + _GOLDEN if isinstance(counter, Tensor) else _signed(counter + _GOLDEN))
         )
     if not isinstance(state, Tensor):  # no counter was one
-        state = torch.tensor(state)
+        state = torch.tensor(state, device="cpu")
     bits, dtype = (23, torch.float32) if device.type == "mps" else (52, torch.float64)
     return _shift(state, 64 - bits).to(dtype) * 2.0**-bits  # type: ignore[union-attr]
 

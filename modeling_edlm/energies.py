@@ -141,8 +141,9 @@ class EnergyMixin:
         Returns:
             (N,) float32; zeros without an energy. Source: EDLM (arXiv 2410.21357).
         """
+        x, xt = x.long(), xt.long()
         if (scorer := self.scorer) is None:
-            return torch.zeros(x.shape[0], device=x.device)
+            return torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
         if log_mu is None and scorer.needs_log_mu:
             log_mu = self._log_mu(x, xt, t, attention_mask)
         return scorer(x, xt, t, attention_mask, log_mu)  # type: ignore[arg-type]

@@ -198,22 +198,34 @@ class EDLMGenerationConfig(GenerationConfig):
         raise NotImplementedError("masked diffusion has none of the autoregressive generation modes")
 
 
-def own_config(config: GenerationConfig) -> EDLMGenerationConfig:
+def own_config(config: GenerationConfig, default: EDLMGenerationConfig | None = None) -> EDLMGenerationConfig:
     """A copy in this file's class: the library reads generation_config.json into its own, and remote code has another
     copy of this one. Raises ValueError for what is set there and is no argument here.
+
+    Args:
+        default: what the library's own class cannot say, `num_steps` for one, is as it is there; None: the defaults.
     """
     if isinstance(config, EDLMGenerationConfig):
         return copy.deepcopy(config)
     if not isinstance(config, GenerationConfig):
         raise ValueError(f"generation_config must be a GenerationConfig, got {type(config).__name__}")
-    return EDLMGenerationConfig(**{name: value for name, value in config.to_dict().items() if value is not None})
+    fields = {name: value for name, value in config.to_dict().items() if value is not None}
+    if default is not None and type(config) is GenerationConfig:
+        lengths = {"max_length", "max_new_tokens"}
+        replaced = lengths if fields.keys() & lengths else ()  # of the two, give one
+        fields = default.to_dict() | dict.fromkeys(replaced) | fields
+    return EDLMGenerationConfig(**fields)
 
 
 def prepare_config(
     model: Any, generation_config: GenerationConfig | None, changes: dict[str, Any], name: str = "generate"
 ) -> EDLMGenerationConfig:
     """The configuration of a call: the one given or the model's own, with changes; ValueError for what does not fit."""
-    config = own_config(model.generation_config if generation_config is None else generation_config)
+    default = own_config(model.generation_config)
+    config = default if generation_config is None else own_config(generation_config, default)
+    # what the library's Seq2SeqTrainer gives to every model
+    idle = {"labels": changes.get("labels"), "synced_gpus": False, "num_beams": 1}
+    changes = {n: x for n, x in changes.items() if n not in idle or (x is not None and x is not idle[n])}
     if changes.get("max_length") or changes.get("max_new_tokens"):  # the caller's wish beats either default
         config.max_length = config.max_new_tokens = None
     allowed = config.__dict__.keys() - {"transformers_version", "bos_token_id"}
@@ -395,7 +407,7 @@ class EDLMGenerationMixin:
         sequences_BL = watch.end()
         if not config.return_dict_in_generate:
             return sequences_BL
-        acceptance_B = run.changed_B / run.rounds_B  # 0 / 0 is NaN
+        acceptance_B = run.changed_B.float() / run.rounds_B  # 0 / 0 is NaN
         counts = run.nfe_B, run.energy_nfe_B, run.energy_tokens_B, run.energies_BT, run.ess_BT
         return EDLMGenerationOutput(sequences_BL, *counts, acceptance_B, watch.history)
 
@@ -511,7 +523,7 @@ class Watch:
         self.free_BL = (xt_BL == self.mask_token_id) & is_text_BL if free_BL is None else free_BL
         is_given_BL = is_text_BL & ~self.free_BL
         self.tail_BL = is_text_BL & (is_given_BL.flip(-1).cumsum(-1).flip(-1) == 0)  # after the last given token
-        self.done_B = torch.zeros(len(xt_BL), dtype=torch.bool)
+        self.done_B = torch.zeros(len(xt_BL), dtype=torch.bool, device="cpu")
         self.choices: list[tuple[Tensor, ...]] = []
         if streamer is not None:  # the prompt: what stands before the first position that is to be filled
             is_before_L = ~self.free_BL.any(0).cumsum(-1).bool()
@@ -564,7 +576,7 @@ def choose_seed(seed: int | None, generator: torch.Generator | None) -> int:
     if seed is not None and generator is not None:
         raise ValueError(f"give seed or generator, not both: got seed={seed} and {generator}")
     if seed is None:
-        return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else None))
+        return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else "cpu"))
     return seed
 
 

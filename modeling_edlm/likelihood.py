@@ -195,7 +195,7 @@ def likelihood_terms(
 
     t, mdlm, nll, ess = [], [], [], []
     with in_eval_mode(model):
-        for pair_N in torch.arange(len(scored_BL) * J).split(states_at_a_time):
+        for pair_N in torch.arange(len(scored_BL) * J, device="cpu").split(states_at_a_time):
             row_N, draw_N = pair_N // J, pair_N % J
             counters = seed, row_N + first_row, draw_N
             mask_NL = None if attention_mask is None else attention_mask[row_N.to(model.device)]
@@ -203,9 +203,10 @@ def likelihood_terms(
             t_N, s_N, hidden_NL, shown_NL, alike_NL = _moments(
                 scored_BL[row_N], place_NL, counters, J, T, config.block_length
             )
-            active_N = torch.full(t_N.shape, not is_plain)
+            active_N = torch.full((len(t_N),), not is_plain, device="cpu")
             if is_sampler:
-                k_NC = torch.tensor([[config.candidates_at(t, k) for k, _ in settings] for t in t_N.tolist()])
+                k_now = [[config.candidates_at(t, k) for k, _ in settings] for t in t_N.tolist()]
+                k_NC = torch.tensor(k_now, device="cpu")
                 active_N &= (k_NC > 1).any(-1)
             log_mu_NL, log_v_NG, log_w_NHK = _weigh(
                 model,
@@ -217,14 +218,14 @@ def likelihood_terms(
                 config.energy_batch_size or 64,
                 process,
             )
-            F_N = scored_BL[row_N].sum(-1)
+            F_N = scored_BL[row_N].sum(-1).float()
             scale_N = F_N / shown_NL.sum(-1)  # |F| / |S|: from what is shown at once to the whole text
             t.append(t_N)
             mdlm.append(-F_N * log_mu_NL.where(alike_NL, 0.0).sum(-1) / alike_NL.sum(-1))
             is_possible_N = mdlm[-1] < torch.inf  # else the energy cannot help
             if is_sampler:
-                gain_NC, ess_NC = torch.zeros(k_NC.shape), torch.full(k_NC.shape, float("nan"))
-                gain_NC, ess_NC = gain_NC.double(), ess_NC.double()
+                gain_NC = torch.zeros(k_NC.shape, dtype=torch.float64, device="cpu")
+                ess_NC = torch.full_like(gain_NC, float("nan"))
                 for c, (_, tau) in enumerate(settings):
                     for k in k_NC[active_N, c].unique().tolist():
                         now_N = active_N & (k_NC[:, c] == k)
@@ -262,7 +263,7 @@ def _columns(
         K = largest
     if estimator == "paper":  # nothing is drawn for a Z that is known
         K, G = 0 if model.scorer is not None and model.scorer.has_unit_z else num_samples, 1
-    column_X = torch.arange(G * (K + 1) if is_shared else K + G)
+    column_X = torch.arange(G * (K + 1) if is_shared else K + G, device="cpu")
     data_G = column_X[:: K + 1] if is_shared else column_X[K:]
     rest_X = column_X // (K + 1) * (K + 1) if is_shared else column_X
     columns = (column_X, rest_X, torch.isin(column_X, data_G))
@@ -282,11 +283,13 @@ def log_mean_ratio(log_v_NG: Tensor, log_w_NHK: Tensor, k: int, counters: Counte
         (N,) float64, at most log k; zero for k = 1.
     """
     if k == 1:
-        return torch.zeros(len(log_v_NG), dtype=torch.float64)
+        return torch.zeros(len(log_v_NG), dtype=torch.float64, device="cpu")
     (seed, row_N, draw_N), (_, H, K) = counters, log_w_NHK.shape
     num_blocks = K // (k - 1)  # disjoint subsets of one permutation
-    permutation_Q1 = torch.arange(-(-NUM_SUBSETS // num_blocks))[:, None]
-    u_NQK = uniforms(seed, SUBSET, row_N[:, None, None], draw_N[:, None, None], permutation_Q1, torch.arange(K))
+    permutation_Q1 = torch.arange(-(-NUM_SUBSETS // num_blocks), device="cpu")[:, None]
+    u_NQK = uniforms(
+        seed, SUBSET, row_N[:, None, None], draw_N[:, None, None], permutation_Q1, torch.arange(K, device="cpu")
+    )
     order_NX = u_NQK.argsort(-1)[..., : num_blocks * (k - 1)].flatten(1)
     log_w_NHX = log_w_NHK.gather(-1, order_NX[:, None].expand(-1, H, -1))
     log_sum_NHR = log_w_NHX.unflatten(-1, (-1, k - 1)).logsumexp(-1)
@@ -368,7 +371,7 @@ def _weigh(
     now_N, next_N = (x.float().to(device) for x in (t_N, s_N))
     state = State(xt_NL, attention_mask, step_N, now_N, next_N, (seed, PROPOSE, row_N, draw_N), process)
     proposal = propose(model, state, filled_NL, columns, shown_NL, x0_NL, hidden_NL)
-    log_w_NX = torch.zeros(N, len(columns.shown_K), dtype=torch.float64)
+    log_w_NX = torch.zeros(N, len(columns.shown_K), dtype=torch.float64, device="cpu")
     if len(rows_A := active_N.nonzero()[:, 0]):
         on_A = rows_A.to(device)
         chosen = proposal.x_NKL[on_A], proposal.log_mu_NK[on_A]
@@ -389,7 +392,7 @@ def _scored(
     if input_ids.shape[1] > model.config.max_position_embeddings:
         longest = model.config.max_position_embeddings
         raise ValueError(f"input_ids has {input_ids.shape[1]} tokens, more than max_position_embeddings={longest}")
-    scored_BL = torch.ones(input_ids.shape, dtype=torch.bool)
+    scored_BL = torch.ones(input_ids.shape, dtype=torch.bool, device="cpu")
     if attention_mask is not None:
         attention_mask = check_attention_mask(attention_mask, input_ids).to(model.device)
         scored_BL &= attention_mask.bool().cpu()

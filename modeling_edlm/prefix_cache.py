@@ -43,7 +43,7 @@ def token_log_probs(
 
     `cache`, by the name that the model has for it, holds the inputs before these, and then these too.
     """
-    log_p_NL = torch.zeros(x0_NL.shape, device=x0_NL.device)
+    log_p_NL = torch.zeros(x0_NL.shape, dtype=torch.float32, device=x0_NL.device)
     if causal_lm.config.model_type == "edlm":  # projects the positions that count and no others, some at a time
         encoded, head = causal_lm.encode(inputs_NL, **cache or {}), causal_lm.head
         every_P = torch.arange(x0_NL.numel(), device=x0_NL.device)
@@ -105,7 +105,7 @@ class PrefixCache:
         most = max(1, budget // (row_bytes * network.dtype.itemsize))
         self.num_rows = min(len(tokens_B), most)  # the others have plain energies
         self.x_BL = tokens_B.new_full((self.num_rows, length), -1)
-        self.log_p_BL = torch.zeros(self.num_rows, length, device=tokens_B.device)
+        self.log_p_BL = torch.zeros(self.num_rows, length, dtype=torch.float32, device=tokens_B.device)
         self.layers: list[tuple[Tensor, Tensor]] = []  # keys and values (B, heads, L, head size)
 
     @staticmethod
@@ -126,7 +126,9 @@ class PrefixCache:
         given, L = (x_SL, xt_SL, attention_mask), x_SL.shape[1]
         where_SL = self.counted(xt_SL)
         where_SL = torch.ones_like(x_SL, dtype=torch.bool) if where_SL is None else where_SL
+        length_S = torch.full_like(row_S, L)
         if attention_mask is not None:
+            length_S = attention_mask.sum(-1)
             order_SL, where_SL = text_first(attention_mask), where_SL & attention_mask.bool()
             x_SL, xt_SL, where_SL = (z.gather(1, order_SL) for z in (x_SL, xt_SL, where_SL))
         is_open_SL = xt_SL == self.mask_token_id
@@ -135,7 +137,7 @@ class PrefixCache:
         )
         is_kept_SL = self.x_BL[row_S.clamp(max=self.num_rows - 1)] == xt_SL
         kept_S = torch.minimum(is_kept_SL.long().cumprod(-1).sum(-1), first_S)
-        first, kept, row = torch.stack((first_S, kept_S, row_S)).cpu()  # the one wait
+        first, kept, length, row = torch.stack((first_S, kept_S, length_S, row_S)).cpu()  # the one wait
         energy_S = torch.empty_like(log_mu_S)
         for on_cpu, start in self._groups(torch.where(first < LEAST, 0, first), L):
             on = on_cpu.to(x_SL.device)
@@ -149,15 +151,16 @@ class PrefixCache:
                 continue
             one = list({int(row[i]): int(i) for i in on_cpu if kept[i] < start}.values())  # of each row
             for part, begin in self._groups(kept[one], start):
-                of_part = torch.tensor(one)[part].to(x_SL.device)
+                of_part = torch.tensor(one, device="cpu")[part].to(x_SL.device)
                 self._extend(row_S[of_part], xt_SL[of_part, :start], begin)
             log_p_S = self.log_p_BL[now_row, :start].where(where_SL[on, :start], 0.0).sum(-1)
-            if start < L:
-                inputs_SL, cache = behind_bos(x_SL[on], self.bos)[:, start:], self._cache(now_row, start)
-                later = inputs_SL, x_SL[on, start:], where_SL[on, start:], self.mask_token_id
+            end = max(start, int(length[on_cpu].max()))  # what comes later is padding
+            if start < end:
+                inputs_SL, cache = behind_bos(x_SL[on], self.bos)[:, start:end], self._cache(now_row, start)
+                later = inputs_SL, x_SL[on, start:end], where_SL[on, start:end], self.mask_token_id
                 log_p_S = log_p_S + token_log_probs(self.network, *later, cache).sum(-1)
             energy_S[on] = log_mu_S[on] - log_p_S
-            self.tokens_B.index_add_(0, now_row, torch.full_like(now_row, L - start))
+            self.tokens_B.index_add_(0, now_row, torch.full_like(now_row, end - start))
         return energy_S
 
     def _groups(self, start_S: Tensor, end: int) -> Iterator[tuple[Tensor, int]]:

@@ -176,8 +176,9 @@ class ProposalMixin:
                 yield chunk_M, *draw(logits_MV, uniforms_at(chunk_M))
 
         x_PK = xt_NL.flatten()[:, None].repeat(1, K)
-        log_mu_PK, log_given_P = torch.zeros(N * L, K, device=device), torch.zeros(N * L, device=device)
-        certainty_P = torch.zeros(N * L, device=device)
+        log_mu_PK = torch.zeros(N * L, K, dtype=torch.float32, device=device)
+        log_given_P = torch.zeros(N * L, dtype=torch.float32, device=device)
+        certainty_P = torch.zeros(N * L, dtype=torch.float32, device=device)
         for chunk_M, x_MK, log_mu_MK in all_draws():
             x_PK[chunk_M], log_mu_PK[chunk_M] = x_MK, log_mu_MK
         if columns.given_K is not None:

@@ -102,14 +102,15 @@ class Run:
     ):
         (B, L), device = xt_BL.shape, xt_BL.device
         self.xt_BL, self.attention_mask, self.seed, self.first_row = xt_BL, attention_mask, seed, first_row
-        self.row_B1 = torch.arange(first_row, first_row + B)[:, None]
+        self.row_B1 = torch.arange(first_row, first_row + B, device="cpu")[:, None]
         self.place_BL = own_positions(xt_BL, attention_mask).cpu()
         self.length_B = xt_BL.new_full((B,), L) if attention_mask is None else attention_mask.sum(-1)
         self.nfe_B, self.energy_nfe_B, self.energy_tokens_B, self.rounds_B, self.changed_B = xt_BL.new_zeros(5, B)
         self.prefix = None
         if use_cache and model.scorer is not None:
             self.prefix = model.scorer.prefix_cache(model.energy, self.energy_tokens_B, L)
-        self.energies_BT, self.ess_BT = torch.full((2, B, num_steps), float("nan"), device=device)
+        nan = torch.full((2, B, num_steps), float("nan"), dtype=torch.float32, device=device)
+        self.energies_BT, self.ess_BT = nan
         self.health = Health(num_steps, device)
 
     def state(
@@ -201,7 +202,7 @@ def revise(model: Any, run: Run, config: Any, process: "LogitsProcess | None", w
     xt_BL, device = run.xt_BL, run.xt_BL.device
     free_BL, K = watch.free_BL.cpu(), config.corrector_candidates or config.most_candidates
     columns = Columns.independent(K, device, first_given=True)
-    part_B = torch.full((len(xt_BL),), float("nan"), device=device)  # of the present texts
+    part_B = torch.full((len(xt_BL),), float("nan"), dtype=torch.float32, device=device)  # of the present texts
     rows_at_a_time = config.denoiser_batch_size or rows_at_once(model.denoiser, xt_BL.shape[1])
     is_of_text = model.scorer is not None and model.scorer.is_of_text
 
@@ -212,7 +213,7 @@ def revise(model: Any, run: Run, config: Any, process: "LogitsProcess | None", w
         for rows_N in rows_E.split(rows_at_a_time) if len(rows_E) else ():
             set_NL, on_N = set_BL[rows_N], rows_N.to(device, non_blocking=True)
             present_NL, is_set_NL = xt_BL[on_N], set_NL.to(device, non_blocking=True)
-            t_N = is_set_NL.sum(-1) / run.length_B[on_N]
+            t_N = is_set_NL.sum(-1).float() / run.length_B[on_N]
             xt_NL = present_NL.masked_fill(is_set_NL, model.config.mask_token_id)
             state = run.state(xt_NL, rows_N, step, t_N, 0.0, process, set_NL)
             proposal = propose(model, state, set_NL, columns, given_NL=present_NL)

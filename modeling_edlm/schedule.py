@@ -25,7 +25,7 @@ def conditioning(t: Tensor) -> Tensor:
 
 def times(num_steps: int) -> Tensor:
     """The grid t_0 = 1 > ... > t_T = 0, shape (num_steps + 1,), float64."""
-    return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64, device="cpu")
 
 
 def antithetic_times(u: Tensor, batch_size: int) -> Tensor:
@@ -36,7 +36,7 @@ def antithetic_times(u: Tensor, batch_size: int) -> Tensor:
     Returns:
         (B,) times in (0, 1].
     """
-    return 1 - (torch.arange(batch_size, device=u.device) / batch_size + u) % 1
+    return 1 - (torch.arange(batch_size, device=u.device, dtype=u.dtype) / batch_size + u) % 1
 
 
 def q_sample(x0_BL: Tensor, t_B: Tensor, u_BL: Tensor, mask_token_id: int) -> Tensor:

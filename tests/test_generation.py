@@ -6,10 +6,12 @@ import re
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
 from transformers import (
+    GenerationConfig,
     MaxTimeCriteria,
     SuppressTokensLogitsProcessor,
     TextDiffusionStreamer,
@@ -299,6 +301,76 @@ def test_training_mode_is_of_no_call_that_runs():
     assert all(module.training for module in model.modules())
     x = torch.zeros(1, 16, dtype=torch.int64)
     assert not torch.equal(model(x, t=0.5).logits, model(x, t=0.5).logits)  # as training wants it
+
+
+@contextmanager
+def default_of(setting):
+    (torch.set_default_dtype if isinstance(setting, torch.dtype) else torch.set_default_device)(setting)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("energy_type", ["ar", "nce"])
+@pytest.mark.parametrize("setting", [torch.float64, torch.bfloat16, torch.float16, "meta"], ids=str)
+def test_the_default_of_torch_changes_nothing(setting, energy_type):
+    """Neither type nor device of what is drawn, weighed and counted: those are of the model and the law."""
+    model, x, text = make_toy(energy_type, length=6), torch.tensor([[0, 3, 1, 3]]), torch.zeros(1, 6, dtype=torch.int64)
+    fast = {"num_steps": 3, "num_candidates": 3, "energy_window": (1.0, 0.0), "seed": 0}
+
+    def results():
+        made = model.generate(x, **fast, corrector_steps=2, max_length=6, return_dict_in_generate=True)
+        revised = model.revise(text, corrector_steps=2, corrector_candidates=3, seed=0)
+        free = model.generate(num_steps=2, generator=torch.Generator().manual_seed(0))
+        bounds = [model.likelihood(text, estimator=e, num_times=3, num_samples=3) for e in ("mdlm", "paper", "sampler")]
+        return [*made.values(), revised, free, *(b.nll for b in bounds), model.energy(text[:, :4], x, 0.5)]
+
+    expected = results()
+    with default_of(setting):
+        found = results()
+    for a, b in zip(found, expected, strict=True):
+        assert a.device == b.device
+        torch.testing.assert_close(a, b, atol=0, rtol=0, equal_nan=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("energy_type", ["ar", "coar", "nce"])
+def test_ids_of_another_integer_type_give_the_same(energy_type):
+    model, text = make_toy(energy_type, length=6), torch.tensor([[0, 1, 2, 0]])
+    xt = torch.tensor([[0, 3, 3, 0]])
+
+    def results(dtype):
+        x, fast = xt.to(dtype), {"num_steps": 3, "seed": 0}
+        made = [model.generate(x, **fast), model.revise(text.to(dtype), corrector_steps=2, seed=0)]
+        bound = model.likelihood(text.to(dtype), num_times=3, **{"num_steps": 3}).nll
+        return [*made, bound, model.energy(text.to(dtype), x, 0.5), model.log_p_x0(x, 0.5)]
+
+    for found, expected in zip(results(torch.int32), results(torch.int64), strict=True):
+        assert torch.equal(found, expected) and found.dtype == expected.dtype
+
+
+def test_a_configuration_of_the_librarys_class_changes_what_it_names():
+    """It knows no `num_steps`: that stays the model's own. Lengths are of the one who gives them last."""
+    model, x = make_toy("nce", length=16), torch.tensor([[0, 1]])
+    model.generation_config = EDLMGenerationConfig(max_length=9, num_steps=3, num_candidates=1)
+    output = model.generate(x, generation_config=GenerationConfig(max_new_tokens=4), return_dict_in_generate=True)
+    assert output.sequences.shape == (1, 6) and output.energies.shape == (1, 3)
+    assert model.generate(x, generation_config=GenerationConfig(max_new_tokens=4), max_length=5).shape == (1, 5)
+    assert model.generate(x, generation_config=GenerationConfig(temperature=0.5)).shape == (1, 9)
+    assert model.generate(x, generation_config=EDLMGenerationConfig(num_steps=2)).shape == (1, 16)
+    assert model.generation_config.max_length == 9
+
+
+def test_arguments_of_the_librarys_sequence_trainer_pass():
+    model, x = make_toy("none", length=8), torch.tensor([[0, MASK, 1]])
+    options = {"labels": x, "synced_gpus": False, "num_beams": 1, "max_length": 5}
+    assert torch.equal(model.generate(x, **options, seed=0), model.generate(x, max_length=5, seed=0))
+    for name, value in (("synced_gpus", True), ("num_beams", 2)):
+        with pytest.raises(ValueError, match=f"generate.. has no argument .'{name}'"):
+            model.generate(x, **{name: value})
 
 
 PROMPT = torch.tensor([[0, 1]])
