@@ -31,8 +31,9 @@ from tqdm.auto import tqdm
 from training.common.arguments import CommaLists, answer_early, command, generation_config, parse_arguments
 
 TRUTH, LEFT, WEIGHED, MDLM, REFERENCE = "true text", "AR, left", "AR, re-weighted", "MDLM", "EDLM, rounds"
+ALONE = "MDLM, rounds", "MDLM, rounds, sharpened"  # as many passes without an energy
 SHARPENED, LIMIT, WEIGHED_SHARPENED = "EDLM, rounds, sharpened", "AR posterior", "AR, re-weighted, sharpened"
-METHODS = (TRUTH, MDLM, "MDLM, rounds", "EDLM", REFERENCE, SHARPENED, LEFT, WEIGHED, WEIGHED_SHARPENED, LIMIT)
+METHODS = (TRUTH, MDLM, *ALONE, "EDLM", REFERENCE, SHARPENED, LEFT, WEIGHED, WEIGHED_SHARPENED, LIMIT)
 ALWAYS = (TRUTH, MDLM, REFERENCE)  # what the others are compared with, and the cost of one of them
 KINDS = ("middle", "sentence", "ending", "scattered", "word")
 SHOWN = 10  # gaps whose texts are kept, of each kind
@@ -338,10 +339,12 @@ class Methods:
         start = in_loop if of_start else {"num_candidates": k, "energy_window": (0.0, 0.0)}  # no step has t = 0
         start |= {"corrector_size": arguments.corrector_size, "corrector_candidates": k}
         start |= {"corrector_sets": arguments.corrector_sets}
+        alone = {"energy_window": (0.0, 0.0), "corrector_steps": arguments.rounds * k}
         self.settings = {
             MDLM: {"num_candidates": 1},
             "EDLM": in_loop,
-            "MDLM, rounds": start | {"energy_window": (0.0, 0.0), "corrector_steps": arguments.rounds * k},
+            ALONE[0]: start | alone,
+            ALONE[1]: start | alone | {"corrector_temperature": sharpened},
             REFERENCE: start | {"corrector_steps": arguments.rounds},
             SHARPENED: start | {"corrector_steps": arguments.rounds, "corrector_temperature": sharpened},
             LIMIT: start | {"corrector_steps": arguments.limit_rounds},
@@ -366,7 +369,7 @@ class Methods:
             x, tokens, calls = (list(part) for part in zip(*done, strict=True))
             return Filled(x, [0] * len(gaps), calls, [self.cost * number for number in tokens], calls)
         x_BL, is_text_BL, free_BL = padded(gaps)
-        model = self.model.denoiser if method == "MDLM, rounds" else self.model
+        model = self.model.denoiser if method in ALONE else self.model
         output = model.generate(
             x_BL.masked_fill(free_BL, model.config.mask_token_id),
             is_text_BL.long(),
