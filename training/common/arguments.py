@@ -136,7 +136,8 @@ def parse_arguments(argument_class, description: str, argv: list[str] | None = N
         value = getattr(arguments, option.name)
         if option.default is MISSING and option.default_factory is MISSING and not str(value).strip():
             raise ValueError(f"{option.name} must not be empty, got {value!r}")
-        if option.name in MODELS and value and is_path(value) and not Path(value).exists():
+        folder = str(value or "").partition(":")[0]  # a subfolder may follow
+        if option.name in MODELS and folder and is_path(folder) and not Path(folder).exists():
             raise ValueError(f"{option.name} must be a folder or a repo, and there is no {value!r} here")
         for part in str(value).split(",") if option.name in ("data", "validation_data") else ():
             there = (
