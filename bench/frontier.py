@@ -163,7 +163,7 @@ def jobs(arguments: FrontierArguments, config: EDLMGenerationConfig, length: int
     without = {"num_candidates": 2, "energy_window": [0.0, 0.0]}  # no step has t = 0; with k = 1 there are no rounds
 
     def cost(T: int, settings: dict) -> float:
-        return expected_passes(length, T, settings["num_candidates"], tuple(settings["energy_window"]))
+        return expected_passes(length, T, generation_config(**settings).candidates_at)
 
     def steps(passes: float, settings: dict) -> int:
         return min(range(1, 8 * length), key=lambda T: abs(cost(T, settings) - passes))

@@ -25,6 +25,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -206,11 +207,10 @@ def known_share(text: str, words: set[str]) -> float:
     return sum(word in words for word in own) / max(1, len(own))
 
 
-def expected_passes(blanks: int, num_steps: int, num_candidates: int, window: tuple[float, float]) -> float:
-    """Of both networks: a step that reveals nothing costs nothing, and candidates are scored within the window."""
-    first, last = math.ceil((1 - window[0]) * num_steps - 1e-9), math.floor((1 - window[1]) * num_steps + 1e-9)
-    acting = max(0, min(last, num_steps - 1) - first + 1)  # step i has the time 1 - i / num_steps
-    return (1 - (1 - 1 / num_steps) ** blanks) * (num_steps + (num_candidates * acting if num_candidates > 1 else 0))
+def expected_passes(blanks: int, num_steps: int, candidates_at: Callable[[float], int] = lambda t: 1) -> float:
+    """Of both networks: a step that reveals nothing costs nothing, and more than one candidate are scored."""
+    candidates = [candidates_at(1 - i / num_steps) for i in range(num_steps)]
+    return (1 - (1 - 1 / num_steps) ** blanks) * (num_steps + sum(k for k in candidates if k > 1))
 
 
 def revision_passes(model: PreTrainedModel) -> int:
@@ -218,9 +218,9 @@ def revision_passes(model: PreTrainedModel) -> int:
     energy that depends on the blanks each time.
     """
     config = model.generation_config
-    k, rounds = config.corrector_candidates or config.num_candidates, config.corrector_steps
+    k, rounds = config.corrector_candidates or config.most_candidates, config.corrector_steps
     is_ar = model.energy_type == "ar"
-    return rounds * (k if is_ar else 1 + k) + is_ar if rounds and k > 1 and config.num_candidates > 1 else 0
+    return rounds * (k if is_ar else 1 + k) + is_ar if rounds and k > 1 and config.most_candidates > 1 else 0
 
 
 def steps_of_mdlm(model: PreTrainedModel, blanks: int, num_steps: int) -> int:
@@ -228,8 +228,8 @@ def steps_of_mdlm(model: PreTrainedModel, blanks: int, num_steps: int) -> int:
     has no use for more.
     """
     config = model.generation_config
-    passes = expected_passes(blanks, num_steps, config.num_candidates, config.energy_window) + revision_passes(model)
-    return min(range(1, 8 * blanks + 1), key=lambda T: abs(expected_passes(blanks, T, 1, (1.0, 0.0)) - passes))
+    passes = expected_passes(blanks, num_steps, config.candidates_at) + revision_passes(model)
+    return min(range(1, 8 * blanks + 1), key=lambda T: abs(expected_passes(blanks, T) - passes))
 
 
 class Task:
@@ -386,9 +386,9 @@ def run(options: argparse.Namespace) -> None:
     print(sizes)
     hi, lo = config.energy_window
     if model.energy_type != "none" and hi > 0:
-        print(f"The energy chooses among {config.num_candidates} proposals while t, from 1 to 0, is in [{lo}, {hi}].")
+        print(f"The energy chooses among {config.most_candidates} proposals while t, from 1 to 0, is in [{lo}, {hi}].")
     if revision_passes(model):
-        k, size = config.corrector_candidates or config.num_candidates, config.corrector_size
+        k, size = config.corrector_candidates or config.most_candidates, config.corrector_size
         print(
             f"{config.corrector_steps} rounds of revision: {size} tokens are masked, and the energy chooses between",
             end=" ",

@@ -83,7 +83,7 @@ def own(loaded: Loaded) -> dict:
     high, low = config.energy_window
     return {
         "num_steps": min(config.num_steps, MAX_STEPS),
-        "num_candidates": min(config.num_candidates, MAX_CANDIDATES),
+        "num_candidates": min(config.most_candidates, MAX_CANDIDATES),
         "window_high": high,
         "window_low": low,
         "shared_completion": config.shared_completion,

@@ -219,9 +219,9 @@ def test_both_samplers_may_spend_as_much(blanks, T, k, window, rounds):
     config.num_candidates, config.energy_window, config.corrector_steps, config.corrector_size = k, window, rounds, 8
     free = {"batch_size": 60, "num_steps": T, "seed": 0, "return_dict_in_generate": True}
     spent = model.generate(**free)
-    passes = demo.expected_passes(blanks, T, k, window) + demo.revision_passes(model)
+    passes = demo.expected_passes(blanks, T, config.candidates_at) + demo.revision_passes(model)
     assert float((spent.nfe + spent.energy_nfe).float().mean()) == pytest.approx(passes, rel=0.12)
-    of_mdlm = demo.expected_passes(blanks, demo.steps_of_mdlm(model, blanks, T), 1, (1, 0))
+    of_mdlm = demo.expected_passes(blanks, demo.steps_of_mdlm(model, blanks, T))
     assert of_mdlm == pytest.approx(min(passes, blanks), rel=0.1)
 
 

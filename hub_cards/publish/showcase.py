@@ -88,9 +88,7 @@ class Writer:
             how = self.mask, size, defaults.temperature, self.seed
             x_BL = continue_left(self.model.energy_model, self.tokenizer, start, *how)
         elif sampler == REVISED:
-            k = (
-                defaults.corrector_candidates or defaults.num_candidates
-            )  # a round takes 1 + (k - 1) passes with an energy
+            k = defaults.corrector_candidates or defaults.most_candidates  # passes of a round with an energy
             output = self.model.denoiser.generate(
                 torch.tensor([start]),
                 generation_config=defaults,
