@@ -128,6 +128,7 @@ class PrefixCache:
         where_SL = torch.ones_like(x_SL, dtype=torch.bool) if where_SL is None else where_SL
         if attention_mask is not None:
             order_SL, where_SL = text_first(attention_mask), where_SL & attention_mask.bool()
+            x_SL = x_SL.masked_fill(attention_mask == 0, self.bos)  # it may hold masks, which the model may lack
             x_SL, xt_SL, where_SL = (z.gather(1, order_SL) for z in (x_SL, xt_SL, where_SL))
         is_open_SL = xt_SL == self.mask_token_id
         first_S = torch.where(is_open_SL.any(-1), is_open_SL.byte().argmax(-1), L).masked_fill(
