@@ -324,8 +324,8 @@ class EDLMGenerationMixin:
             first_row: number of the first row, where this batch is one part of a larger one.
             seed: fixes each row by its number, whatever the batch. generator: a seed is drawn from it instead.
             logits_processor: one or a list, called as in the library, `(input_ids, scores)` to scores (M, V), for the
-                M positions that are drawn; `input_ids` (M, L) are the states they stand in, masks included. One that has the
-                arguments `cur_step` or `positions` is given the step and the place (M,) of each in its text.
+                M positions that are drawn; `input_ids` (M, L) are the states they stand in, masks included. One that
+                has the arguments `cur_step` or `positions` is given the step and the place (M,) of each in its text.
             stopping_criteria: one or a list, called as in the library after each step, `(states (B, L), None)` to bool
                 (B,): rows to be left as they are, masks included.
             streamer: gets the prompt, each state by `put_draft` if it has that, and what was generated at the end.
