@@ -75,7 +75,7 @@ def generate(
     kwargs = {name: value for name, value in kwargs.items() if name not in USED}
     if inputs is not None and input_ids is not None:
         raise ValueError("give inputs or input_ids, not both")
-    if token_type_ids is not None and token_type_ids.any():
+    if token_type_ids is not None and not (isinstance(token_type_ids, Tensor) and (token_type_ids == 0).all()):
         raise ValueError("token_type_ids must be zeros: what is generated has type 0")
     if isinstance(energy, str):
         energy = load_energy(energy, **energy_kwargs or {}).to(model.device)  # type: ignore[arg-type]
@@ -83,7 +83,7 @@ def generate(
         raise ValueError(f"energy_kwargs are for an energy that is a name, got {energy_kwargs}")
     sizes = mask_token_id, max_position_embeddings, logits_shift, num_tokens
     sampler = ForeignModel(model, energy, energy_type, energy_target, *sizes)  # type: ignore[arg-type]
-    generation_config = own_config(generation_config or sampler.generation_config)
-    if kwargs.get("compile", generation_config.compile):
+    generation_config = own_config(sampler.generation_config if generation_config is None else generation_config)
+    if kwargs.get("compile", generation_config.compile) is True:
         raise ValueError("compile=True compiles EDLM's own blocks, and not this model: call model.compile()")
     return sampler.generate(inputs if input_ids is None else input_ids, generation_config=generation_config, **kwargs)

@@ -37,11 +37,13 @@ def draw(logits_MV: Tensor, u_MK: Tensor) -> tuple[Tensor, Tensor]:
         logits_MV: float32, normalised or not, -inf for what must not be drawn.
         u_MK: uniforms; their dtype is that of the cumulative sums.
     Returns:
-        x_MK int64 and its log-probabilities (M, K). A row of NaN (softmax spreads a single one) gives NaN.
+        x_MK int64 and its log-probabilities (M, K). A row of NaN (softmax spreads a single one) gives NaN, of token 0:
+        the last one may be the mask, which an energy of another library cannot read.
     """
     p_MV = logits_MV.softmax(-1)
     x_MK = (_look_up if p_MV.shape[-1] <= 1024 else _look_up_in_blocks)(p_MV, u_MK)
-    return x_MK, p_MV.gather(-1, x_MK).log()
+    log_p_MK = p_MV.gather(-1, x_MK).log()
+    return x_MK.masked_fill(log_p_MK.isnan(), 0), log_p_MK
 
 
 def _look_up(p_MV: Tensor, u_MK: Tensor) -> Tensor:

@@ -212,6 +212,7 @@ def causal_log_prob(
     if attention_mask is not None:  # the text first: what comes after it changes nothing in a causal model
         order_NL = text_first(attention_mask)
         where_NL = attention_mask.bool() if where_NL is None else where_NL & attention_mask.bool()
+        x0_NL = x0_NL.masked_fill(attention_mask == 0, bos_token_id)  # it may hold masks, which the model may lack
         x0_NL, where_NL = x0_NL.gather(1, order_NL), where_NL.gather(1, order_NL)
     inputs_NL, theirs = behind_bos(x0_NL, bos_token_id), causal_lm.config.get_text_config()
     if causal_lm.config.model_type == "edlm":

@@ -24,7 +24,7 @@ from transformers import (
 
 from .backbone import position_chunks, suppress
 from .energies import EnergyMixin, FunctionEnergy, check_vocabulary, network_energy
-from .generation_edlm import EDLMGenerationConfig, EDLMGenerationMixin, own_config
+from .generation_edlm import EDLMGenerationConfig, EDLMGenerationMixin, as_integer, check_count, own_config
 from .likelihood import EDLMLikelihoodMixin
 from .proposal import ProposalMixin
 
@@ -73,10 +73,10 @@ class Denoiser(nn.Module, ProposalMixin):
     ):
         super().__init__()
         self.vocab_size = model.config.get_text_config().vocab_size
-        if not 0 <= logits_shift <= 1:
-            raise ValueError(f"logits_shift must be 0 or 1, got {logits_shift}")
-        if num_tokens is not None and not 0 < num_tokens <= self.vocab_size:
-            raise ValueError(f"num_tokens must lie in [1, {self.vocab_size}], got {num_tokens}")
+        if as_integer(logits_shift) not in (0, 1):
+            raise ValueError(f"logits_shift must be 0 or 1, got {logits_shift!r}")
+        if num_tokens is not None and not 0 < (as_integer(num_tokens) or 0) <= self.vocab_size:
+            raise ValueError(f"num_tokens must lie in [1, {self.vocab_size}], got {num_tokens!r}")
         self.model, self.mask_token_id = model, mask_token_id
         self.logits_shift, self.num_tokens, self.longest = logits_shift, num_tokens, max_position_embeddings
         self.takes_time = model.config.model_type == "edlm"
@@ -158,11 +158,14 @@ class ForeignModel(nn.Module, EnergyMixin, EDLMGenerationMixin, EDLMLikelihoodMi
         super().__init__()
         sizes: Any = model.config.get_text_config()
         mask: Any = getattr(sizes, "mask_token_id", None) if mask_token_id is None else mask_token_id
+        if max_position_embeddings is not None:
+            max_position_embeddings = check_count("max_position_embeddings", max_position_embeddings)
         longest: Any = longest_text(model) if max_position_embeddings is None else max_position_embeddings
         for name, value in {"mask_token_id": mask, "max_position_embeddings": longest}.items():
             if value is None:
                 raise ValueError(f"{name} must be given: the configuration of {type(model).__name__} has none")
-        if not 0 <= mask < sizes.vocab_size:
+        mask = check_count("mask_token_id", mask, least=0)
+        if mask >= sizes.vocab_size:
             raise ValueError(f"mask_token_id must lie in [0, {sizes.vocab_size}), got {mask}")
         self.config = SimpleNamespace(vocab_size=sizes.vocab_size, mask_token_id=mask, max_position_embeddings=longest)
         self.denoiser = Denoiser(model, mask, logits_shift, num_tokens, longest)
@@ -170,6 +173,9 @@ class ForeignModel(nn.Module, EnergyMixin, EDLMGenerationMixin, EDLMLikelihoodMi
         if model.config.model_type == "edlm":
             self.generation_config = own_config(model.generation_config)
         kind = kind_of(energy)
+        for name, value in {"energy_type": energy_type, "energy_target": energy_target}.items():
+            if not isinstance(value, str | None):
+                raise ValueError(f"{name} must be a name, got {value!r}")
         if energy_type is not None and (kind != "ar" or energy_type not in ("ar", "coar")):
             raise ValueError(f"energy_type is ar or coar and for a causal language model, got {energy_type!r}")
         if energy_target is not None and (kind != "function" or energy_target not in ("x0", "xs")):

@@ -5,14 +5,16 @@ Shapes: B rows of the output, N rows stepped now, K candidates, L length, T step
 """
 
 import copy
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
@@ -20,10 +22,16 @@ from .backbone import compiled, fixed_weights
 from .draws import uniforms
 from .energies import Energy
 from .proposal import ORDERS
-from .sampler import LogitsProcess, Run, denoise, in_eval_mode, revise
+from .sampler import LogitsProcess, Run, denoise, functions, in_eval_mode, revise
 
 REVISE = -4  # of the seed of `revise()`: what it draws has nothing to do with how the text was made
 SETS = ("random", "contiguous")  # of positions that a round of the corrector masks
+MOST = {  # what would never end, or fit into no memory, is a mistake; other counts only have to fit into 32 bits
+    **dict.fromkeys(("num_steps", "corrector_steps", "num_times"), 2**20),
+    **dict.fromkeys(("num_candidates", "corrector_candidates", "num_samples"), 2**16),
+    "first_row": 2**62,
+}
+MOST_ENTRIES = 2**27  # of a table with all rows and tokens, or all rows and steps, of a call
 # arguments of other samplers, and what they are called here; None: there is no such thing
 PEERS = {
     **dict.fromkeys(("steps", "diffusion_steps", "num_inference_steps", "timesteps", "sampling_steps"), "num_steps"),
@@ -131,39 +139,47 @@ class EDLMGenerationConfig(GenerationConfig):
 
     def validate(self, **_: Any) -> None:
         for name in ("num_steps", "num_return_sequences", "corrector_size"):
-            _check_count(name, getattr(self, name))
+            setattr(self, name, check_count(name, getattr(self, name)))
         if isinstance(self.num_candidates, list | tuple):
             self.num_candidates = _candidates_by_time(self.num_candidates)
         else:
-            _check_count("num_candidates", self.num_candidates)
-        _check_count("corrector_steps", self.corrector_steps, least=0)
+            self.num_candidates = check_count("num_candidates", self.num_candidates)
+        self.corrector_steps = check_count("corrector_steps", self.corrector_steps, least=0)
         optional = "max_new_tokens max_length block_length corrector_candidates denoiser_batch_size energy_batch_size"
-        for name in optional.split():
+        for name in [*optional.split(), "top_k"]:
             if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name))
-        if self.top_k is not None:
-            _check_count("top_k", self.top_k, least=0)
-        for i in self.eos_token_ids + ([] if self.pad_token_id is None else [self.pad_token_id]):
-            _check_count("eos_token_id and pad_token_id", i, least=0)
+                setattr(self, name, check_count(name, getattr(self, name), least=int(name != "top_k")))
+        special = "eos_token_id and pad_token_id"
+        ids = [check_count(special, i, least=0) for i in self.eos_token_ids]
+        if self.eos_token_id is not None:
+            self.eos_token_id = ids if isinstance(self.eos_token_id, list | tuple) else ids[0]
+        if self.pad_token_id is not None:
+            self.pad_token_id = check_count(special, self.pad_token_id, least=0)
         if self.max_length is not None and self.max_new_tokens is not None:
             raise ValueError(f"give max_length or max_new_tokens, not both: {self.max_length}, {self.max_new_tokens}")
         window = self.energy_window
-        if not isinstance(window, list | tuple) or len(window) != 2 or not 1 >= window[0] >= window[1] >= 0:
+        is_pair = isinstance(window, list | tuple) and len(window) == 2 and all(map(_is_number, window))
+        if not is_pair or not 1 >= window[0] >= window[1] >= 0:
             raise ValueError(f"energy_window must be (hi, lo) with 1 >= hi >= lo >= 0, got {window}")
-        self.energy_window = window[0], window[1]  # a list in JSON
+        self.energy_window = float(window[0]), float(window[1])  # a list in JSON
         booleans = "shared_completion do_sample use_cache compile output_history return_dict_in_generate"
         for name in booleans.split():
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("energy_temperature", "corrector_temperature", "temperature"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            if not _is_number(value := getattr(self, name)) or not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be positive, got {value!r}")
+            if not 1e-30 <= value <= 1e30:  # float32 has 38 digits
+                raise ValueError(f"{name} must lie between 1e-30 and 1e30, got {value!r}")
+            setattr(self, name, float(value))
         for name, allowed in {"order": ORDERS, "corrector_sets": SETS}.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+            if not isinstance(value := getattr(self, name), str) or value not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
         for name in ("top_p", "confidence_threshold"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in (0, 1], got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None:
+                if not _is_number(value) or not 0 < value <= 1:
+                    raise ValueError(f"{name} must lie in (0, 1], got {value!r}")
+                setattr(self, name, float(value))
         if self.confidence_threshold is not None and self.order != "confidence":
             raise ValueError(
                 f"confidence_threshold={self.confidence_threshold} needs order='confidence', got order={self.order!r}"
@@ -226,7 +242,9 @@ def prepare_config(
     # what the library's Seq2SeqTrainer gives to every model
     idle = {"labels": changes.get("labels"), "synced_gpus": False, "num_beams": 1}
     changes = {n: x for n, x in changes.items() if n not in idle or (x is not None and x is not idle[n])}
-    if changes.get("max_length") or changes.get("max_new_tokens"):  # the caller's wish beats either default
+    if any(
+        changes.get(n) is not None for n in ("max_length", "max_new_tokens")
+    ):  # the caller's wish beats either default
         config.max_length = config.max_new_tokens = None
     allowed = config.__dict__.keys() - {"transformers_version", "bos_token_id"}
     if unknown := {n: value for n, value in changes.items() if n not in allowed or n.startswith("_")}:
@@ -249,13 +267,12 @@ def _candidates_by_time(pairs: Sequence[Any]) -> tuple[tuple[float, int], ...]:
     """The pairs (t, k), from JSON too; ValueError for what are none."""
     if not pairs or any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in pairs):
         raise ValueError(f"num_candidates must be an integer or pairs (t, k), got {pairs!r}")
-    for _, k in pairs:
-        _check_count("num_candidates at each time", k)
+    counts = [check_count("num_candidates at each time", k, most=MOST["num_candidates"]) for _, k in pairs]
     starts = [t for t, _ in pairs]
-    is_time = all(isinstance(t, int | float) and 0 < t <= 1 for t in starts)
+    is_time = all(_is_number(t) and 0 < t <= 1 for t in starts)
     if not is_time or any(a <= b for a, b in pairwise(starts)):
         raise ValueError(f"the times of num_candidates must fall within (0, 1], got {starts}")
-    return tuple((t, k) for t, k in pairs)
+    return tuple((float(t), k) for t, k in zip(starts, counts, strict=True))
 
 
 @dataclass
@@ -318,11 +335,11 @@ class EDLMGenerationMixin:
                 `self.generation_config`. Keyword arguments change single fields of it.
             first_row: number of the first row, where this batch is one part of a larger one.
             seed: fixes each row by its number, whatever the batch. generator: a seed is drawn from it instead.
-            logits_processor: called as in the library, `(input_ids, scores)` to scores (M, V), for the M positions
-                that are drawn; `input_ids` (M, L) are the states they stand in, masks included. One that has the
-                arguments `cur_step` or `positions` is given the step and the place (M,) of each in its text.
-            stopping_criteria: called as in the library after each step, `(states (B, L), None)` to bool (B,): rows to
-                be left as they are, masks included.
+            logits_processor: one or a list, called as in the library, `(input_ids, scores)` to scores (M, V), for the
+                M positions that are drawn; `input_ids` (M, L) are the states they stand in, masks included. One that
+                has the arguments `cur_step` or `positions` is given the step and the place (M,) of each in its text.
+            stopping_criteria: one or a list, called as in the library after each step, `(states (B, L), None)` to bool
+                (B,): rows to be left as they are, masks included.
             streamer: gets the prompt, each state by `put_draft` if it has that, and what was generated at the end.
             callback_on_step_end: called as `(model, step, t, state)` after every step. state["sequences"] (B, L) is the
                 canvas itself, so clone what is to be kept; where an energy acted there are also "rows" (N,),
@@ -334,7 +351,7 @@ class EDLMGenerationMixin:
             FloatingPointError: a network gave NaN, or no candidate of a row a finite energy.
         """
         config = prepare_config(self, generation_config, kwargs)
-        _check_count("batch_size", batch_size)
+        batch_size, first_row = check_count("batch_size", batch_size), check_count("first_row", first_row, least=0)
         seed = 0 if seed is None and generator is None and not config.do_sample else choose_seed(seed, generator)
         xt_BL, attention_mask = self._canvas(input_ids, attention_mask, config, batch_size)
         rounds = config.corrector_steps if self._revises(config) and config.most_candidates > 1 else 0
@@ -345,7 +362,7 @@ class EDLMGenerationMixin:
         with in_eval_mode(self), fixed_weights(), compiled(config.compile):
             denoise(self, run, config, process, watch)
             revise(self, run, config, process, watch, range(config.num_steps, config.num_steps + rounds))
-        return self._output(run, config, watch)
+        return self._output(run, config, watch, logits_processor)
 
     @torch.no_grad()
     def revise(
@@ -376,21 +393,24 @@ class EDLMGenerationMixin:
             FloatingPointError: a network gave NaN.
         """
         config = prepare_config(self, generation_config, kwargs)
-        _check_count("corrector_steps", config.corrector_steps)
-        check_prompt(input_ids, self.config.vocab_size)
+        check_count("corrector_steps", config.corrector_steps)
+        first_row = check_count("first_row", first_row, least=0)
+        input_ids = check_prompt(input_ids, self.config.vocab_size)
         if (input_ids == self.config.mask_token_id).any():
             raise ValueError("input_ids hold mask tokens: generate() fills them, revise() changes finished text")
         longest = self.config.max_position_embeddings
         if input_ids.shape[1] > longest:
             raise ValueError(f"input_ids has {input_ids.shape[1]} tokens, more than max_position_embeddings={longest}")
         mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
-        if mask.shape != input_ids.shape or mask.dtype != torch.bool:
-            raise ValueError(f"mask must be bool {tuple(input_ids.shape)}, got {mask.dtype} {tuple(mask.shape)}")
+        if not isinstance(mask, Tensor) or mask.shape != input_ids.shape or mask.dtype != torch.bool:
+            raise ValueError(f"mask must be bool {tuple(input_ids.shape)}, got {_described(mask)}")
         if attention_mask is not None:
-            mask = mask & check_attention_mask(attention_mask, input_ids).bool()
+            attention_mask = check_attention_mask(attention_mask, input_ids)
+            mask = mask & attention_mask.bool()
+        check_size(config, len(input_ids), input_ids.shape[1], config.corrector_steps)
         repeated: list[Any] = [
             x if x is None else x.repeat_interleave(config.num_return_sequences, dim=0).to(self.device)
-            for x in (input_ids.long(), attention_mask, mask)
+            for x in (input_ids, attention_mask, mask)
         ]
         seed = int(uniforms(choose_seed(seed, generator), REVISE) * 2**52)
         keeps = config.use_cache and not config.compile
@@ -400,10 +420,12 @@ class EDLMGenerationMixin:
         rounds = range(config.corrector_steps if self._revises(config) else 0)
         with in_eval_mode(self), fixed_weights(), compiled(config.compile):
             revise(self, run, config, process, watch, rounds)
-        return self._output(run, config, watch)
+        return self._output(run, config, watch, logits_processor)
 
-    def _output(self, run: Run, config: EDLMGenerationConfig, watch: "Watch") -> EDLMGenerationOutput | Tensor:
-        run.health.check()  # before the streamer hears that all is well
+    def _output(
+        self, run: Run, config: EDLMGenerationConfig, watch: "Watch", logits_processor: list[Callable] | None
+    ) -> EDLMGenerationOutput | Tensor:
+        run.health.check(logits_processor)  # before the streamer hears that all is well
         sequences_BL = watch.end()
         if not config.return_dict_in_generate:
             return sequences_BL
@@ -424,10 +446,9 @@ class EDLMGenerationMixin:
                 raise ValueError("attention_mask needs input_ids, got None")
             input_ids = torch.empty(batch_size, 0, dtype=torch.int64, device=self.device)
         else:
-            check_prompt(input_ids, self.config.vocab_size)
+            input_ids = check_prompt(input_ids, self.config.vocab_size)
             if batch_size != 1:
                 raise ValueError(f"batch_size counts free samples; with input_ids leave it at 1, got {batch_size}")
-            input_ids = input_ids.long()
             if attention_mask is not None:
                 attention_mask = check_attention_mask(attention_mask, input_ids)
         B, prompt_length = input_ids.shape
@@ -444,6 +465,7 @@ class EDLMGenerationMixin:
                 f"input_ids ({prompt_length} tokens) and max_new_tokens={config.max_new_tokens}, "
                 f"max_length={config.max_length} make {length} tokens, more than max_position_embeddings={longest}"
             )
+        check_size(config, B, length, config.num_steps + config.corrector_steps, batch_size)
         new_BL = input_ids.new_full((B, length - prompt_length), mask)
         xt_BL = torch.cat((input_ids, new_BL), dim=1)
         if attention_mask is not None:
@@ -512,12 +534,16 @@ class Watch:
         may_finish: bool,
         free_BL: Tensor | None = None,
     ) -> None:
+        if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+            raise ValueError(f"streamer must have the methods put and end, got {streamer!r}")
+        if callback is not None and (not callable(callback) or isinstance(callback, type)):
+            raise ValueError(f"callback_on_step_end must be a function, got {callback!r}")
         xt_BL, attention_mask = run.xt_BL, run.attention_mask
         self.model, self.xt_BL, self.streamer, self.callback = model, xt_BL, streamer, callback
         self.may_finish = may_finish
         self.mask_token_id, self.eos = model.config.mask_token_id, config.eos_token_ids
         self.pad = next((i for i in (config.pad_token_id, *self.eos) if i is not None), None)
-        self.criteria = StoppingCriteriaList(stopping_criteria or ())
+        self.criteria = functions("stopping_criteria", stopping_criteria)
         self.history: tuple[Tensor, ...] | None = (xt_BL.clone(),) if config.output_history else None
         is_text_BL = torch.ones_like(xt_BL, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         self.free_BL = (xt_BL == self.mask_token_id) & is_text_BL if free_BL is None else free_BL
@@ -550,8 +576,13 @@ class Watch:
         if self.eos and self.may_finish:  # nothing that is still masked comes before the first EOS
             is_open_BL = (self.xt_BL == self.mask_token_id) & self.free_BL & ~self.after_eos()
             self.done_B |= ~is_open_BL.any(-1).cpu()
-        if self.criteria:
-            self.done_B |= self.criteria(self.xt_BL, None).cpu()
+        for criterion in self.criteria:
+            stops = criterion(self.xt_BL, None)
+            is_tensor = isinstance(stops, Tensor) and stops.dtype == torch.bool
+            if not isinstance(stops, bool) and not (is_tensor and stops.shape in ((), self.done_B.shape)):
+                wanted = f"bool {tuple(self.done_B.shape)}, one for each row"
+                raise ValueError(f"stopping_criteria must return {wanted}; {criterion!r} gave {_described(stops)}")
+            self.done_B |= stops if isinstance(stops, bool) else stops.cpu()
         return bool((self.eos or self.criteria) and self.done_B.all())
 
     def after_eos(self) -> Tensor:
@@ -571,41 +602,88 @@ class Watch:
 
 def choose_seed(seed: int | None, generator: torch.Generator | None) -> int:
     """The seed of a call; ValueError unless it is an integer and the only source."""
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
-        raise ValueError(f"seed must be an integer, got {seed!r}")
     if seed is not None and generator is not None:
-        raise ValueError(f"give seed or generator, not both: got seed={seed} and {generator}")
+        raise ValueError(f"give seed or generator, not both: got seed={seed!r} and {generator}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator must be a torch.Generator, got {generator!r}")
     if seed is None:
         return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else "cpu"))
-    return seed
+    return check_seed(seed)
 
 
-def _check_count(name: str, value: Any, least: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+def check_seed(seed: Any) -> int:
+    """Any integer; ValueError if it is none."""
+    if (number := as_integer(seed)) is None:
+        raise ValueError(f"seed must be an integer, got {seed!r}")
+    return number
+
+
+def as_integer(value: Any) -> int | None:
+    """An integer of any library as one of Python; None for what is no integer, as true and false are."""
+    try:
+        return None if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool else operator.index(value)
+    except TypeError:
+        return None
+
+
+def check_count(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    """An integer of any library as one of Python; ValueError if it is none, too small, or too large (see `MOST`)."""
+    if (number := as_integer(value)) is None or number < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if number > (most := most or MOST.get(name, 2**31 - 1)):
+        raise ValueError(f"{name} must be at most {most}, got {value!r}")
+    return number
 
 
-def check_prompt(input_ids: Tensor, vocab_size: int) -> None:
-    """Raises ValueError unless these are token ids, (B, L) and not empty."""
-    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-        shape = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
-        raise ValueError(f"input_ids must be an integer tensor (B, L), got {shape}")
+def check_size(config: EDLMGenerationConfig, rows: int, length: int, steps: int, batch_size: int = 1) -> None:
+    """Raises ValueError where the tables of a call cannot fit into memory, before they are made."""
+    rows *= config.num_return_sequences
+    if rows * max(length, steps) > MOST_ENTRIES:
+        raise ValueError(
+            f"batch_size={batch_size}, num_return_sequences={config.num_return_sequences}, "
+            f"num_steps={config.num_steps} and corrector_steps={config.corrector_steps} make {rows} rows of {length} "
+            f"tokens and {steps} steps, more than {MOST_ENTRIES} entries: make fewer rows in a call, and count on by "
+            "first_row"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _described(value: Any) -> str:
+    """Type and shape of a tensor, the type of anything else."""
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_prompt(input_ids: Tensor, vocab_size: int) -> Tensor:
+    """Token ids as int64; ValueError unless they are some, (B, L) and not empty."""
+    is_integer = isinstance(input_ids, Tensor) and not (input_ids.is_floating_point() or input_ids.is_complex())
+    if not is_integer or input_ids.dtype == torch.bool or input_ids.ndim != 2:
+        raise ValueError(f"input_ids must be an integer tensor (B, L), got {_described(input_ids)}")
     if input_ids.numel() == 0:
         raise ValueError(f"input_ids is empty, shape {tuple(input_ids.shape)}; leave it out to sample freely")
+    input_ids = input_ids.long()
     outside = (input_ids < 0) | (input_ids >= vocab_size)
     if outside.any():
         raise ValueError(f"input_ids must lie in [0, vocab_size={vocab_size}), got {int(input_ids[outside][0])}")
+    return input_ids
+
+
+def check_mask(name: str, mask: Tensor, input_ids: Tensor, meaning: str) -> Tensor:
+    """A mask of zeros and ones, of any type, as int64; ValueError for another one, with what its values mean."""
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"{name} must be a tensor {tuple(input_ids.shape)}, got {_described(mask)}")
+    if mask.shape != input_ids.shape:
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}, input_ids has {tuple(input_ids.shape)}")
+    if ((mask != 0) & (mask != 1)).any():
+        raise ValueError(f"{name} must be {meaning}")
+    return mask.bool().long()
 
 
 def check_attention_mask(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
     """The mask as int64, if each row has one text with padding around it; ValueError if not."""
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids has {tuple(input_ids.shape)}"
-        )
-    attention_mask = attention_mask.long()
-    if ((attention_mask != 0) & (attention_mask != 1)).any():
-        raise ValueError("attention_mask must be 0 for padding and 1 for text")
+    attention_mask = check_mask("attention_mask", attention_mask, input_ids, "0 for padding and 1 for text")
     num_starts_B = attention_mask[:, 0] + (attention_mask.diff(dim=1) > 0).sum(-1)
     if (num_starts_B > 1).any():
         row = int((num_starts_B > 1).nonzero()[0])

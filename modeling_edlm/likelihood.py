@@ -26,7 +26,15 @@ from transformers.utils import ModelOutput
 
 from .backbone import rows_at_once
 from .draws import effective_sample_size, uniforms
-from .generation_edlm import EDLMGenerationConfig, check_attention_mask, check_prompt, prepare_config
+from .generation_edlm import (
+    EDLMGenerationConfig,
+    check_attention_mask,
+    check_count,
+    check_mask,
+    check_prompt,
+    check_seed,
+    prepare_config,
+)
 from .proposal import Columns, own_positions
 from .sampler import LogitsProcess, State, in_eval_mode, propose, weigh
 from .schedule import RevealPlan
@@ -124,6 +132,7 @@ class EDLMLikelihoodMixin:
             attention_mask,
             generation_config,
             estimator=estimator,
+            settings=None,
             prompt_mask=prompt_mask,
             num_samples=num_samples,
             num_times=num_times,
@@ -179,14 +188,18 @@ def likelihood_terms(
     They share all draws, so that their differences are nearly free of noise, and the energies of the largest k are
     the cost of all. `settings` None: those of the configuration alone.
     """
-    is_sampler = estimator == "sampler"
+    is_sampler = isinstance(estimator, str) and estimator == "sampler"
     if generation_config is None and not is_sampler:
         generation_config = EDLMGenerationConfig()
     config = prepare_config(model, generation_config, kwargs, "likelihood")
     settings = [(config.most_candidates, config.energy_temperature)] if settings is None else settings
-    _check(model, estimator, config, settings, num_samples, num_times)
+    _check(model, estimator, config, settings)
+    if (num_samples := check_count("num_samples", num_samples)) == 1 and estimator == "paper":
+        raise ValueError("num_samples must be an integer of at least 2, got 1, for the log Z of estimator='paper'")
+    num_times, first_row = check_count("num_times", num_times), check_count("first_row", first_row, least=0)
+    seed = check_seed(seed)
+    input_ids = check_prompt(input_ids, model.config.vocab_size)
     scored_BL, attention_mask = _scored(model, input_ids, attention_mask, prompt_mask)
-    input_ids = input_ids.long()
     process = LogitsProcess.of(config, logits_processor, model.config.mask_token_id)
     J, T, largest = num_times, config.num_steps if is_sampler else None, max(k for k, _ in settings)
     is_plain = estimator == "mdlm" or model.scorer is None or (is_sampler and largest == 1)
@@ -242,7 +255,8 @@ def likelihood_terms(
                 nll.append(mdlm[-1][:, None])
     nll_PC = torch.cat(nll)
     if (is_nan := nll_PC.isnan().any(-1)).any():
-        raise FloatingPointError(f"logits or energies give NaN, first in row {int(is_nan.nonzero()[0]) // J}")
+        after = ", with the given logits_processor" if logits_processor else ""
+        raise FloatingPointError(f"logits or energies give NaN, first in row {int(is_nan.nonzero()[0]) // J}{after}")
     ess_PC = torch.cat(ess) if ess else torch.full_like(nll_PC, float("nan"))
     t_BJ, mdlm_BJ = torch.cat(t).view(-1, J), torch.cat(mdlm).view(-1, J)
     return LikelihoodTerms(t_BJ, mdlm_BJ, nll_PC.view(*t_BJ.shape, -1), ess_PC.view(*t_BJ.shape, -1), scored_BL.sum(-1))
@@ -386,7 +400,6 @@ def _scored(
     model: Any, input_ids: Tensor, attention_mask: Tensor | None, prompt_mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Which positions are scored, (B, L) bool on the CPU, and the attention mask, None where nothing is padded."""
-    check_prompt(input_ids, model.config.vocab_size)
     if (input_ids == model.config.mask_token_id).any():
         raise ValueError(f"input_ids must be a text without the mask token {model.config.mask_token_id}")
     if input_ids.shape[1] > model.config.max_position_embeddings:
@@ -397,20 +410,15 @@ def _scored(
         attention_mask = check_attention_mask(attention_mask, input_ids).to(model.device)
         scored_BL &= attention_mask.bool().cpu()
     if prompt_mask is not None:
-        if prompt_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"prompt_mask has shape {tuple(prompt_mask.shape)}, input_ids has {tuple(input_ids.shape)}"
-            )
+        prompt_mask = check_mask("prompt_mask", prompt_mask, input_ids, "true or 1 for given tokens, and 0 for others")
         scored_BL &= ~prompt_mask.bool().cpu()
     if (empty_B := ~scored_BL.any(-1)).any():
         raise ValueError(f"prompt_mask leaves nothing to score in row {int(empty_B.nonzero()[0])}")
     return scored_BL, None if attention_mask is None or attention_mask.all() else attention_mask
 
 
-def _check(
-    model: Any, estimator: str, config: EDLMGenerationConfig, settings: Settings, num_samples: int, num_times: int
-) -> None:
-    if estimator not in ESTIMATORS:
+def _check(model: Any, estimator: str, config: EDLMGenerationConfig, settings: Settings) -> None:
+    if not isinstance(estimator, str) or estimator not in ESTIMATORS:
         raise ValueError(f"estimator must be one of {ESTIMATORS}, got {estimator!r}")
     if estimator == "paper" and model.config.energy_target != "x0":
         raise ValueError(f"estimator='paper' needs energy_target='x0', got {model.config.energy_target!r}")
@@ -432,7 +440,3 @@ def _check(
         raise ValueError("settings must hold at least one (num_candidates, energy_temperature), got none")
     for k, tau in settings:
         EDLMGenerationConfig(num_candidates=k, energy_temperature=tau)  # checks the values
-    for name, value in {"num_samples": num_samples, "num_times": num_times}.items():
-        least = 2 if (name, estimator) == ("num_samples", "paper") else 1
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")

@@ -130,6 +130,7 @@ class PrefixCache:
         if attention_mask is not None:
             length_S = attention_mask.sum(-1)
             order_SL, where_SL = text_first(attention_mask), where_SL & attention_mask.bool()
+            x_SL = x_SL.masked_fill(attention_mask == 0, self.bos)  # it may hold masks, which the model may lack
             x_SL, xt_SL, where_SL = (z.gather(1, order_SL) for z in (x_SL, xt_SL, where_SL))
         is_open_SL = xt_SL == self.mask_token_id
         first_S = torch.where(is_open_SL.any(-1), is_open_SL.byte().argmax(-1), L).masked_fill(

@@ -8,7 +8,7 @@ Shapes: B rows of the output, N rows stepped now, K candidates, L length, T step
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from .backbone import no_dropout, rows_at_once, suppress
 from .draws import choose, uniforms
@@ -258,6 +258,21 @@ def stay_if_stuck(energy_NK: Tensor) -> Tensor:
     return torch.where(is_stuck_N1, stay_NK, energy_NK)
 
 
+def functions(name: str, given: Any) -> list[Callable]:
+    """The functions of an argument as a list: a single one is one, None is none; ValueError for anything else."""
+    several = [] if given is None else given if isinstance(given, list | tuple) else [given]
+    if not all(callable(function) and not isinstance(function, type) for function in several):
+        raise ValueError(f"{name} must be a list of functions, got {given!r}")
+    return list(several)
+
+
+def argument_names(function: Callable) -> Collection[str]:
+    try:
+        return inspect.signature(function).parameters.keys()
+    except ValueError:  # some functions that are written in C do not say
+        return ()
+
+
 class LogitsProcess:
     """Everything that changes the proposal's logits, in order; what it makes of them is the mu that an energy corrects,
     or without sampling the mu whose likeliest token is taken.
@@ -267,11 +282,11 @@ class LogitsProcess:
 
     def __init__(self, processors: list[Callable], do_sample: bool, mask_token_id: int):
         self.processors, self.do_sample, self.mask_token_id = processors, do_sample, mask_token_id
-        self.wanted = [inspect.signature(processor).parameters.keys() for processor in processors]
+        self.wanted = [argument_names(processor) for processor in processors]
 
     @classmethod
     def of(cls, config: Any, logits_processor: list[Callable] | None, mask_token_id: int) -> "LogitsProcess | None":
-        processors = list(LogitsProcessorList(logits_processor or ()))
+        processors = functions("logits_processor", logits_processor)
         if config.do_sample:
             processors += [TemperatureLogitsWarper(float(config.temperature))] if config.temperature != 1 else []
             processors += [TopKLogitsWarper(config.top_k)] if config.top_k else []
@@ -289,7 +304,13 @@ class LogitsProcess:
         offered = {"cur_step": step, "positions": positions_M}
         for processor, wanted in zip(self.processors, self.wanted, strict=True):
             extra = {name: value for name, value in offered.items() if name in wanted}
-            logits_MV = processor(states_ML, logits_MV, **extra)
+            changed_MV = processor(states_ML, logits_MV, **extra)
+            is_tensor = isinstance(changed_MV, Tensor) and changed_MV.is_floating_point()
+            if not is_tensor or changed_MV.shape != logits_MV.shape:
+                wanted = f"a floating-point tensor {tuple(logits_MV.shape)}"
+                what = f"{changed_MV.dtype} {tuple(changed_MV.shape)}" if isinstance(changed_MV, Tensor) else changed_MV
+                raise ValueError(f"logits_processor must return {wanted}; {processor!r} gave {what!r}")
+            logits_MV = changed_MV.to(logits_MV)
         return suppress(logits_MV, self.mask_token_id)
 
 
@@ -303,11 +324,12 @@ class Health:
     def note(self, name: str, is_bad: Tensor, step: int) -> None:
         self.first[name] = torch.where(is_bad, self.first[name].clamp(max=step), self.first[name])
 
-    def check(self) -> None:
+    def check(self, logits_processor: Any = None) -> None:
+        after = ", with the given logits_processor" if logits_processor else ""
         for name, first in self.first.items():
             if (step := int(first)) < self.num_steps:
                 what = "NaN" if name == "logits" else "NaN, or no finite value for any candidate of a row"
-                raise FloatingPointError(f"{name} hold {what}, first at step {step} of {self.num_steps}")
+                raise FloatingPointError(f"{name} hold {what}, first at step {step} of {self.num_steps}{after}")
 
 
 _evaluating: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()  # calls that have switched a module off
