@@ -23,8 +23,9 @@ from transformers import (
 )
 
 from .backbone import position_chunks, suppress
+from .checks import as_integer, check_count
 from .energies import EnergyMixin, FunctionEnergy, check_vocabulary, network_energy
-from .generation_edlm import EDLMGenerationConfig, EDLMGenerationMixin, as_integer, check_count, own_config
+from .generation_edlm import EDLMGenerationConfig, EDLMGenerationMixin, own_config
 from .likelihood import EDLMLikelihoodMixin
 from .proposal import ProposalMixin
 

@@ -5,11 +5,9 @@ Shapes: B rows of the output, N rows stepped now, K candidates, L length, T step
 """
 
 import copy
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from numbers import Real
 from typing import Any, NoReturn
 
 import torch
@@ -19,6 +17,16 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .backbone import compiled, fixed_weights
+from .checks import (
+    MOST,
+    check_attention_mask,
+    check_count,
+    check_prompt,
+    check_size,
+    choose_seed,
+    described,
+    is_number,
+)
 from .draws import uniforms
 from .energies import Energy
 from .proposal import ORDERS
@@ -26,12 +34,6 @@ from .sampler import LogitsProcess, Run, denoise, functions, in_eval_mode, revis
 
 REVISE = -4  # of the seed of `revise()`: what it draws has nothing to do with how the text was made
 SETS = ("random", "contiguous")  # of positions that a round of the corrector masks
-MOST = {  # what would never end, or fit into no memory, is a mistake; other counts only have to fit into 32 bits
-    **dict.fromkeys(("num_steps", "corrector_steps", "num_times"), 2**20),
-    **dict.fromkeys(("num_candidates", "corrector_candidates", "num_samples"), 2**16),
-    "first_row": 2**62,
-}
-MOST_ENTRIES = 2**27  # of a table with all rows and tokens, or all rows and steps, of a call
 # arguments of other samplers, and what they are called here; None: there is no such thing
 PEERS = {
     **dict.fromkeys(("steps", "diffusion_steps", "num_inference_steps", "timesteps", "sampling_steps"), "num_steps"),
@@ -158,7 +160,7 @@ class EDLMGenerationConfig(GenerationConfig):
         if self.max_length is not None and self.max_new_tokens is not None:
             raise ValueError(f"give max_length or max_new_tokens, not both: {self.max_length}, {self.max_new_tokens}")
         window = self.energy_window
-        is_pair = isinstance(window, list | tuple) and len(window) == 2 and all(map(_is_number, window))
+        is_pair = isinstance(window, list | tuple) and len(window) == 2 and all(map(is_number, window))
         if not is_pair or not 1 >= window[0] >= window[1] >= 0:
             raise ValueError(f"energy_window must be (hi, lo) with 1 >= hi >= lo >= 0, got {window}")
         self.energy_window = float(window[0]), float(window[1])  # a list in JSON
@@ -167,7 +169,7 @@ class EDLMGenerationConfig(GenerationConfig):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("energy_temperature", "corrector_temperature", "temperature"):
-            if not _is_number(value := getattr(self, name)) or not 0 < value < float("inf"):
+            if not is_number(value := getattr(self, name)) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be positive, got {value!r}")
             if not 1e-30 <= value <= 1e30:  # float32 has 38 digits
                 raise ValueError(f"{name} must lie between 1e-30 and 1e30, got {value!r}")
@@ -177,7 +179,7 @@ class EDLMGenerationConfig(GenerationConfig):
                 raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
         for name in ("top_p", "confidence_threshold"):
             if (value := getattr(self, name)) is not None:
-                if not _is_number(value) or not 0 < value <= 1:
+                if not is_number(value) or not 0 < value <= 1:
                     raise ValueError(f"{name} must lie in (0, 1], got {value!r}")
                 setattr(self, name, float(value))
         if self.confidence_threshold is not None and self.order != "confidence":
@@ -269,7 +271,7 @@ def _candidates_by_time(pairs: Sequence[Any]) -> tuple[tuple[float, int], ...]:
         raise ValueError(f"num_candidates must be an integer or pairs (t, k), got {pairs!r}")
     counts = [check_count("num_candidates at each time", k, most=MOST["num_candidates"]) for _, k in pairs]
     starts = [t for t, _ in pairs]
-    is_time = all(_is_number(t) and 0 < t <= 1 for t in starts)
+    is_time = all(is_number(t) and 0 < t <= 1 for t in starts)
     if not is_time or any(a <= b for a, b in pairwise(starts)):
         raise ValueError(f"the times of num_candidates must fall within (0, 1], got {starts}")
     return tuple((float(t), k) for t, k in zip(starts, counts, strict=True))
@@ -403,7 +405,7 @@ class EDLMGenerationMixin:
             raise ValueError(f"input_ids has {input_ids.shape[1]} tokens, more than max_position_embeddings={longest}")
         mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
         if not isinstance(mask, Tensor) or mask.shape != input_ids.shape or mask.dtype != torch.bool:
-            raise ValueError(f"mask must be bool {tuple(input_ids.shape)}, got {_described(mask)}")
+            raise ValueError(f"mask must be bool {tuple(input_ids.shape)}, got {described(mask)}")
         if attention_mask is not None:
             attention_mask = check_attention_mask(attention_mask, input_ids)
             mask = mask & attention_mask.bool()
@@ -581,7 +583,7 @@ class Watch:
             is_tensor = isinstance(stops, Tensor) and stops.dtype == torch.bool
             if not isinstance(stops, bool) and not (is_tensor and stops.shape in ((), self.done_B.shape)):
                 wanted = f"bool {tuple(self.done_B.shape)}, one for each row"
-                raise ValueError(f"stopping_criteria must return {wanted}; {criterion!r} gave {_described(stops)}")
+                raise ValueError(f"stopping_criteria must return {wanted}; {criterion!r} gave {described(stops)}")
             self.done_B |= stops if isinstance(stops, bool) else stops.cpu()
         return bool((self.eos or self.criteria) and self.done_B.all())
 
@@ -598,96 +600,3 @@ class Watch:
             self.streamer.put(self.xt_BL[:, self.start :].cpu())
             self.streamer.end()
         return self.xt_BL
-
-
-def choose_seed(seed: int | None, generator: torch.Generator | None) -> int:
-    """The seed of a call; ValueError unless it is an integer and the only source."""
-    if seed is not None and generator is not None:
-        raise ValueError(f"give seed or generator, not both: got seed={seed!r} and {generator}")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise ValueError(f"generator must be a torch.Generator, got {generator!r}")
-    if seed is None:
-        return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else "cpu"))
-    return check_seed(seed)
-
-
-def check_seed(seed: Any) -> int:
-    """Any integer; ValueError if it is none."""
-    if (number := as_integer(seed)) is None:
-        raise ValueError(f"seed must be an integer, got {seed!r}")
-    return number
-
-
-def as_integer(value: Any) -> int | None:
-    """An integer of any library as one of Python; None for what is no integer, as true and false are."""
-    try:
-        return None if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool else operator.index(value)
-    except TypeError:
-        return None
-
-
-def check_count(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
-    """An integer of any library as one of Python; ValueError if it is none, too small, or too large (see `MOST`)."""
-    if (number := as_integer(value)) is None or number < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    if number > (most := most or MOST.get(name, 2**31 - 1)):
-        raise ValueError(f"{name} must be at most {most}, got {value!r}")
-    return number
-
-
-def check_size(config: EDLMGenerationConfig, rows: int, length: int, steps: int, batch_size: int = 1) -> None:
-    """Raises ValueError where the tables of a call cannot fit into memory, before they are made."""
-    rows *= config.num_return_sequences
-    if rows * max(length, steps) > MOST_ENTRIES:
-        raise ValueError(
-            f"batch_size={batch_size}, num_return_sequences={config.num_return_sequences}, "
-            f"num_steps={config.num_steps} and corrector_steps={config.corrector_steps} make {rows} rows of {length} "
-            f"tokens and {steps} steps, more than {MOST_ENTRIES} entries: make fewer rows in a call, and count on by "
-            "first_row"
-        )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _described(value: Any) -> str:
-    """Type and shape of a tensor, the type of anything else."""
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def check_prompt(input_ids: Tensor, vocab_size: int) -> Tensor:
-    """Token ids as int64; ValueError unless they are some, (B, L) and not empty."""
-    is_integer = isinstance(input_ids, Tensor) and not (input_ids.is_floating_point() or input_ids.is_complex())
-    if not is_integer or input_ids.dtype == torch.bool or input_ids.ndim != 2:
-        raise ValueError(f"input_ids must be an integer tensor (B, L), got {_described(input_ids)}")
-    if input_ids.numel() == 0:
-        raise ValueError(f"input_ids is empty, shape {tuple(input_ids.shape)}; leave it out to sample freely")
-    input_ids = input_ids.long()
-    outside = (input_ids < 0) | (input_ids >= vocab_size)
-    if outside.any():
-        raise ValueError(f"input_ids must lie in [0, vocab_size={vocab_size}), got {int(input_ids[outside][0])}")
-    return input_ids
-
-
-def check_mask(name: str, mask: Tensor, input_ids: Tensor, meaning: str) -> Tensor:
-    """A mask of zeros and ones, of any type, as int64; ValueError for another one, with what its values mean."""
-    if not isinstance(mask, Tensor):
-        raise ValueError(f"{name} must be a tensor {tuple(input_ids.shape)}, got {_described(mask)}")
-    if mask.shape != input_ids.shape:
-        raise ValueError(f"{name} has shape {tuple(mask.shape)}, input_ids has {tuple(input_ids.shape)}")
-    if ((mask != 0) & (mask != 1)).any():
-        raise ValueError(f"{name} must be {meaning}")
-    return mask.bool().long()
-
-
-def check_attention_mask(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
-    """The mask as int64, if each row has one text with padding around it; ValueError if not."""
-    attention_mask = check_mask("attention_mask", attention_mask, input_ids, "0 for padding and 1 for text")
-    num_starts_B = attention_mask[:, 0] + (attention_mask.diff(dim=1) > 0).sum(-1)
-    if (num_starts_B > 1).any():
-        row = int((num_starts_B > 1).nonzero()[0])
-        raise ValueError(f"attention_mask must have its zeros before or after the text, row {row} has some within it")
-    if (num_starts_B == 0).any():
-        raise ValueError("attention_mask leaves an empty prompt: a row of zeros")
-    return attention_mask

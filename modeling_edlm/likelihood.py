@@ -25,16 +25,9 @@ from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 
 from .backbone import rows_at_once
+from .checks import check_attention_mask, check_count, check_mask, check_prompt, check_seed
 from .draws import effective_sample_size, uniforms
-from .generation_edlm import (
-    EDLMGenerationConfig,
-    check_attention_mask,
-    check_count,
-    check_mask,
-    check_prompt,
-    check_seed,
-    prepare_config,
-)
+from .generation_edlm import EDLMGenerationConfig, prepare_config
 from .proposal import Columns, own_positions
 from .sampler import LogitsProcess, State, in_eval_mode, propose, weigh
 from .schedule import RevealPlan
