@@ -40,13 +40,15 @@ SHOWN = 10  # gaps whose texts are kept, of each kind
 NOTES = {
     "bits": "of gap and text on the right given the left, under the judge; over_truth: minus those of the true text; "
     "difference: minus those of EDLM, rounds, on the same gaps; standard errors over gaps",
-    "recovered": "share of the distance between MDLM and the true text, in bits",
+    "to_sharpened": "minus those of EDLM, rounds, sharpened, on the same gaps; none where it was not measured",
+    "recovered": "share of the distance between MDLM and the true text, in bits; none where MDLM is not significantly "
+    "(two standard errors) above it",
     "bits_per_character": "bits over the characters of gap and right; per_gap_character: over those of the gap alone",
     "known": "1 where all words that the gap has a part in are words of the judge's training text",
     "repetition": "share of the pairs of tokens in what was filled in that occurred before in it",
     "entropy": "of the token frequencies of what was filled in, in nats",
     "seconds": "of a gap: rows side by side share the time of their batch; the methods from the left take a gap at a "
-    "time, with its drafts side by side",
+    "time, with its drafts side by side, and the sharpened weights are of drafts whose seconds are counted once",
 }
 
 
@@ -432,7 +434,10 @@ def summarise(rows: list[dict]) -> list[dict]:
         truth, mdlm, ours = (np.array(of[row["kind"], row["temperature"], name][:n]) for name in ALWAYS)
         row["num_gaps"] = n
         row["over_truth"], row["difference"] = ratio(bits - truth), ratio(bits - ours)
-        row["recovered"] = ratio(mdlm - bits, mdlm - truth)
+        sharpened, distance = of.get((row["kind"], row["temperature"], SHARPENED)), ratio(mdlm - truth)
+        row["to_sharpened"] = None if sharpened is None else ratio(bits - np.array(sharpened[:n]))
+        is_far = distance["mean"] > 2 * distance["stderr"]
+        row["recovered"] = ratio(mdlm - bits, mdlm - truth) if is_far else None
         row["bits_per_character"] = ratio(bits, own["characters"])
         row["per_gap_character"] = ratio(bits, own["gap_characters"])
         names = ("bits", "known", "exact", "entropy", "repetition", "passes", "tokens", "calls", "nfe", "energy_nfe")
@@ -447,15 +452,17 @@ def summarise(rows: list[dict]) -> list[dict]:
 def table(results: dict) -> str:
     """Markdown: a table for each kind of gap and temperature, the best first."""
 
-    def cell(value: dict, digits: int) -> str:
-        return f"{value['mean']:.{digits}f} +- {value['stderr']:.{digits}f}"
+    def cell(value: dict | None, digits: int) -> str:
+        return "-" if value is None else f"{value['mean']:.{digits}f} +- {value['stderr']:.{digits}f}"
 
-    head = ["method", "gaps", "bits over the true text", f"minus {REFERENCE}", "of the way from MDLM to the true text"]
+    head = ["method", "gaps", "bits over the true text", f"minus {REFERENCE}", f"minus {SHARPENED}"]
+    head += ["of the way from MDLM to the true text"]
     head += ["bits per character", "known", "exact", "entropy", "repetition", "passes", "calls", "seconds"]
     lines = ["Judge's bits of gap and right side given the left, per gap: lower is better.", ""]
     for (kind, temperature), rows in groups(results).items():
         cells = [
             [row["method"], str(row["num_gaps"]), cell(row["over_truth"], 1), cell(row["difference"], 1)]
+            + [cell(row["to_sharpened"], 1)]
             + [cell(row["recovered"], 2), cell(row["bits_per_character"], 3), cell(row["known"], 2)]
             + [f"{row[name]['mean']:.2f}" for name in ("exact", "entropy", "repetition")]
             + [f"{row[name]['mean']:.{digits}f}" for name, digits in (("passes", 0), ("calls", 0), ("seconds", 2))]

@@ -379,7 +379,7 @@ def ratio(values, weights=None) -> dict:
     values = np.asarray(values, dtype=np.float64)
     weights = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=np.float64)
     found = values.sum() / weights.sum()
-    spread = (values - found * weights).std(ddof=1) / np.sqrt(len(values)) / weights.mean()
+    spread = (values - found * weights).std(ddof=1) / np.sqrt(len(values)) / abs(weights.mean())
     return {"mean": float(found), "stderr": float(spread)}
 
 
