@@ -127,7 +127,7 @@ from training.common.checkpoint import fingerprint
 from training.common.components import pass_cost
 from training.common.continuation import continue_left
 from training.common.data import spread_blocks
-from training.common.judge import Judge, before_end, entropies
+from training.common.judge import Judge, before_end, entropies, lead
 from training.common.metrics import hidden_features, mauve, ratio, repetition_rate
 from training.common.results import Store, machine, markdown, read_results, write_json, write_whole
 
@@ -358,7 +358,8 @@ def table(results: dict) -> str:
     order = list(METHODS)
     rows = sorted(results["rows"], key=lambda row: (row["method"] == "ar", row["target"], order.index(row["method"])))
     has_mauve = "mauve" in rows[0]
-    head = ["method", "setting", "passes", "denoiser's", "energy's", *SCORES.values(), "s/sample"]
+    head = ["method", "setting", "passes", "denoiser's", "energy's", *SCORES.values(), "below MDLM", "s/sample"]
+    plain = {row["target"]: row for row in rows if row["method"] == "mdlm"}
 
     def scores(row: dict) -> list[str]:
         return [f"{row[name]['mean']:.3f} +- {row[name]['stderr']:.3f}" for name in SCORES]
@@ -366,10 +367,14 @@ def table(results: dict) -> str:
     lines = []
     for row in rows:
         cells = [METHODS[row["method"]], setting(row), *(f"{row[n]:.0f}" for n in ("passes", "nfe", "energy_nfe"))]
-        cells += [*scores(row), f"{row['seconds_per_sample']:.2f}"]
+        ahead = (
+            lead(plain[row["target"]], row) if row["target"] in plain and row["method"] not in ("mdlm", "ar") else None
+        )
+        cells += [*scores(row), f"{ahead['mean']:.3f} +- {ahead['stderr']:.3f}" if ahead else ""]
+        cells.append(f"{row['seconds_per_sample']:.2f}")
         lines.append(cells + ([f"{row['mauve']['mauve']:.3f}"] if has_mauve else []))
     if results["data"]:
-        lines.append(["held-out text", "", "", "", "", *scores(results["data"]), ""] + [""] * has_mauve)
+        lines.append(["held-out text", "", "", "", "", *scores(results["data"]), "", ""] + [""] * has_mauve)
     return markdown(head + ["MAUVE"] * has_mauve, lines, left=2)
 
 

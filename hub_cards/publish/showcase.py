@@ -51,7 +51,7 @@ from transformers import AutoTokenizer
 from modeling_edlm import EDLMModel
 from training.common.checkpoint import run_facts
 from training.common.continuation import continue_left
-from training.common.judge import Judge, before_end, entropies
+from training.common.judge import Judge, before_end, entropies, lead
 from training.common.metrics import ratio, summary
 from training.common.results import machine, read_lines, read_results, write_json, write_whole
 from training.pretrain import PretrainArguments
@@ -127,16 +127,6 @@ def measured(writer: Writer, found: dict, start: list[int]) -> dict:
         "seconds_per_sample": found["seconds"] / len(x_BL),
         "per_sample": {name: read[name].tolist() for name in ("bits", "characters")},
     }
-
-
-def lead(mdlm: dict, edlm: dict) -> dict:
-    """Bits per character of MDLM minus those of EDLM on the same seeds, and its standard error (of two ratios)."""
-    parts = []
-    for row in (mdlm, edlm):
-        bits_B, characters_B = (np.array(row["per_sample"][name]) for name in ("bits", "characters"))
-        parts.append((bits_B - row["judge"]["mean"] * characters_B) / characters_B.mean())
-    spread = (parts[0] - parts[1]).std(ddof=1) / len(parts[0]) ** 0.5
-    return {"mean": mdlm["judge"]["mean"] - edlm["judge"]["mean"], "stderr": float(spread)}
 
 
 def adapters(folder: Path) -> dict[str, int]:

@@ -82,3 +82,14 @@ def entropies(x_BL: torch.Tensor, eos: int | None) -> list[float]:
     """Of each text up to its end, of its own token frequencies, in nats."""
     ends_BL = before_end(x_BL, eos)
     return [float(token_entropy(x_L[where_L][None])) for x_L, where_L in zip(x_BL, ends_BL, strict=True)]
+
+
+def lead(mdlm: dict, edlm: dict) -> dict:
+    """Bits per character of one sampler, MDLM, minus those of another on the same seeds, and its standard error (of two
+    ratios). Both are rows with the judge's mean and `per_sample` bits and characters."""
+    parts = []
+    for row in (mdlm, edlm):
+        bits_B, characters_B = (np.array(row["per_sample"][name]) for name in ("bits", "characters"))
+        parts.append((bits_B - row["judge"]["mean"] * characters_B) / characters_B.mean())
+    spread = (parts[0] - parts[1]).std(ddof=1) / len(parts[0]) ** 0.5
+    return {"mean": mdlm["judge"]["mean"] - edlm["judge"]["mean"], "stderr": float(spread)}
