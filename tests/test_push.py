@@ -1,20 +1,26 @@
 """`hub_cards.publish.push` and a stand-in for the Hub: one commit or none, the right files, and what it refuses."""
 
+import errno
 import json
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi
+import transformers
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from hub_cards.publish import push, upload
+from hub_cards.publish import push, try_folder, upload
 from hub_cards.publish.assemble import generate_code, model_code
 from modeling_edlm.configuration_edlm import AUTO_MAP, CUSTOM_PIPELINES
 from support.fake_hub import INITIAL, FakeHub
+from support.fake_hub_answers import Repo
 from support.toy import make_toy
 
 ROOT = Path(__file__).parents[1]
@@ -448,7 +454,7 @@ def test_the_command_and_faults(hub, run, folder, tmp_path, name):
     written = done.stdout + done.stderr
     if message is not None:
         assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
-        assert f"The push to {REPO} did not finish. What is there is whole" in done.stderr
+        assert re.search(rf"; {REPO} (still )?holds its old revision whole.*again\.\n$", done.stderr)
         assert hub.files(f"spaces/{REPO}") == old
         hub.heal()
         done = run(*command)
@@ -461,7 +467,7 @@ def test_the_command_and_faults(hub, run, folder, tmp_path, name):
 
 def test_tokens_that_do_not_suffice(hub, run, folder):
     hub.tokens["hf_reader"] = "read"
-    for token, message in (("hf_nobody", "Invalid"), ("hf_reader", "403")):
+    for token, message in (("hf_nobody", "Invalid"), ("hf_reader", "may only read")):
         done = run("--folder", folder, "--repo", REPO, "--space", HF_TOKEN=token)
         assert done.returncode == 1 and message in done.stderr and token not in done.stdout + done.stderr
     assert not hub.repos
@@ -482,13 +488,251 @@ def test_wrong_arguments_are_refused_by_name(folder, monkeypatch, capsys):
         assert stopped.value.code == 2 and re.search(message, capsys.readouterr().err)
 
 
-def test_how_to_load(model, adapter, tmp_path):
-    def line(kind, files=None):
-        return push.how_to_load(files or {}, kind, REPO, "abc")
+def test_how_to_load():
+    def line(kind, *base):
+        return push.how_to_load(kind, REPO, "abc", *base)
 
     assert line("model") == f'AutoModel.from_pretrained("{REPO}", revision="abc", trust_remote_code=True)'
     assert line("causal").startswith("AutoModelForCausalLM.from_pretrained(")
-    assert line("adapter", paths(adapter)).endswith(
-        f'("{BASE}", trust_remote_code=True).load_energy("{REPO}", revision="abc")'
-    )
+    pinned = f'("{BASE}", revision="def", trust_remote_code=True).load_energy("{REPO}", revision="abc")'
+    assert line("adapter", BASE, "def") == "AutoModel.from_pretrained" + pinned
     assert 'repo_type="space"' in line("space") and line("dataset").startswith("datasets.load_dataset(")
+
+
+# ---- what the command says
+
+
+@pytest.fixture
+def command(hub, monkeypatch, capsys):
+    """The command in this process: its exit status, and what it writes."""
+    monkeypatch.setattr(push, "try_it", lambda target, kind, base_oid=None: "it works")
+    monkeypatch.setattr(push.gc, "collect", lambda: None)  # slow where torch is loaded
+
+    def run(*arguments, endpoint=hub.endpoint, token="hf_fake"):
+        monkeypatch.setattr(push, "HfApi", partial(HfApi, endpoint=endpoint, token=token))
+        try:
+            push.main([str(argument) for argument in arguments])
+            code = 0
+        except SystemExit as stopped:
+            code = stopped.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """The arguments that publish a data set, which is staged at once."""
+    folder = write(tmp_path / "rows", {"README.md": CARD, "train.jsonl": '{"text": "a"}\n'})
+    return "--folder", folder, "--repo", REPO, "--dataset"
+
+
+def test_a_push_that_changes_nothing_says_so(hub, command, rows):
+    """Also where it would propose something: then there is no pull request."""
+    name = f"datasets/{REPO}"
+    assert f"published: {hub.endpoint}/{name}/commit/" in command(*rows)[1]
+    sha, page = hub.sha(name), f"{hub.endpoint}/{name}/commit/{hub.sha(name)}\n"
+    same = f"nothing changes, as main of {REPO} has these very files"
+    assert f"\n{same}: {page}" in command(*rows)[1]
+    code, out, _ = command(*rows, "--create-pr")
+    assert code == 0 and f"\n{same}, so nothing was proposed: {page}" in out
+    assert list(hub.repo(name).refs) == ["main"] and hub.sha(name) == sha and hub.seen.count("commit") == 1
+    write(rows[1], {"train.jsonl": '{"text": "b"}\n'})
+    assert f"\nproposed: {hub.endpoint}/{name}/discussions/1\n" in command(*rows, "--create-pr")[1]
+
+
+WHOLE, MAYBE = (f"; {REPO} {kept} its old revision whole" for kept in ("still holds", "holds"))
+MAYBE += ", or the new one if only the answer to the commit was lost"
+LOGIN, AGAIN = "log in with `hf auth login` or set HF_TOKEN", ", then give the same command again."
+RIGHTS = "take a token that may write there (https://huggingface.co/settings/tokens)"
+BUSY = f"The Hub has trouble of its own ({{}}){MAYBE}; wait some minutes (https://status.huggingface.co){AGAIN}"
+LATER = {"Retry-After": "3600"}
+ENDINGS = {
+    400: f"The push did not finish (400){WHOLE}; see to what is said above{AGAIN}",
+    401: f"The Hub needs a valid token and got none (401){WHOLE}; {LOGIN}{AGAIN}",
+    403: f"The token does not permit this (403){WHOLE}; {RIGHTS}{AGAIN}",
+    404: f"The Hub has no such repo or branch, or hides it from this token (404){WHOLE}; check the names, and {LOGIN}"
+    + AGAIN,
+    409: f"Another change of the repo is under way (409){WHOLE}; wait until it is done{AGAIN}",
+    412: f"Another commit came first (412){WHOLE}; look at what it changed{AGAIN}",
+    413: f"A file or the commit is too large for the Hub (413){WHOLE}; make it smaller (save_pretrained has "
+    f"max_shard_size){AGAIN}",
+    429: f"The Hub takes no more requests for now (429){WHOLE}; wait for as long as it asks{AGAIN}",
+    500: BUSY.format(500),
+    503: BUSY.format(503),
+}
+
+
+@pytest.mark.parametrize("status", ENDINGS)
+def test_how_a_refused_push_ends(hub, command, rows, status):
+    """What the Hub says, and one sentence: what happened, what is there now, and what to do."""
+    command(*rows)
+    old = hub.files(f"datasets/{REPO}")
+    write(rows[1], {"train.jsonl": '{"text": "b"}\n'})
+    hub.fail("commit", status, text="in the words of the Hub", headers=LATER if status == 429 else None)
+    code, _, said = command(*rows)
+    assert code == 1 and said.endswith(f"\n{ENDINGS[status]}\n") and "in the words of the Hub" in said
+    assert hub.files(f"datasets/{REPO}") == old
+
+
+def test_how_a_push_ends_whose_connection_is_lost(hub, command, rows):
+    """One line, whichever route it is, behind those of the attempts."""
+    for route in ("commit", "preupload"):
+        hub.fail(route)
+        code, _, said = command(*rows)
+        *attempts, last = said.splitlines()
+        assert code == 1 and all("; again in " in line for line in attempts) and len(attempts) == upload.ATTEMPTS - 1
+        assert last.startswith("The connection to the Hub was lost (RemoteProtocolError: ")
+        assert last.endswith(f"){MAYBE}; check the network{AGAIN}")
+        hub.heal()
+
+
+def test_how_a_push_ends_whose_commit_was_made(hub, command, rows):
+    hub.fail("tag", 403)
+    code, _, said = command(*rows, "--tag", "v1")
+    page = f"{hub.endpoint}/datasets/{REPO}/commit/{hub.sha(f'datasets/{REPO}')}"
+    happened = "The token does not permit this (403); the new revision is in place"
+    assert code == 1 and said.endswith(f"\n{happened}: {page}; {RIGHTS}{AGAIN}\n")
+    hub.heal()
+    assert command(*rows, "--tag", "v1")[0] == 0 and hub.sha(f"datasets/{REPO}", "v1") == page[-40:]
+
+
+def test_arguments_that_do_not_go_with_what_is_there(hub, command, rows):
+    command(*rows, "--tag", "v1")
+    write(rows[1], {"train.jsonl": '{"text": "b"}\n'})
+    for arguments, message in ((["--private"], "--private, but --repo"), (["--tag", "v1"], "--tag v1 exists in")):
+        code, _, said = command(*rows, *arguments)
+        assert code == 2 and f"error: {message}" in said and "again" not in said
+    assert hub.seen.count("commit") == 1
+
+
+NOTHING = f"; nothing was uploaded, and {REPO} still holds its old revision whole; "
+
+
+def test_without_a_network_a_push_ends_at_once(hub, command, rows, monkeypatch):
+    """With one line, and without a second attempt."""
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    code, out, said = command(*rows, endpoint="http://127.0.0.1:9")
+    assert code == 1 and out == "" and said.count("\n") == 1
+    assert re.fullmatch(r"The Hub cannot be reached \(ConnectError: .*\)" + re.escape(NOTHING) + ".*\n", said)
+    assert said.endswith(f"; check the network, the proxy and HF_ENDPOINT{AGAIN}\n")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    happened = "The Hub was not asked, as HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"
+    assert command(*rows) == (1, "", f"{happened}{NOTHING}unset it{AGAIN}\n")
+    with pytest.raises(ConnectionError):
+        publish(hub, rows[1])
+    assert not waited and not hub.log
+
+
+def test_the_token_is_checked_first(hub, command, rows, monkeypatch):
+    """Before the copy and the minute that a model is tried in, and without a change of anything."""
+    hub.tokens |= {"hf_reader": "read"}
+    for name in ("user/there", "other/there"):
+        hub.repos[f"datasets/{name}"] = Repo()
+        hub.repo(f"datasets/{name}").commit("main", INITIAL)
+    for name in ("stage", "try_it"):
+        monkeypatch.setattr(push, name, lambda *args: pytest.fail("the token comes first"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "nowhere")
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for token, repo, happened in (
+        (None, REPO, "The Hub needs a valid token and got none"),
+        ("hf_nobody", REPO, "The Hub needs a valid token and got none (401)"),
+        ("hf_reader", REPO, "The token does not permit this (that of user may only read)"),
+        ("hf_reader", "user/there", "The token does not permit this (that of user may only read)"),
+        ("hf_fake", "other/new", "The token does not permit this (user is no member of other)"),
+        ("hf_fake", "other/there", "The token does not permit this (403)"),
+    ):
+        code, out, said = command(*rows[:3], repo, *rows[4:], token=token)
+        kept = f"{happened}; nothing was uploaded, and {repo} still holds its old revision whole; "
+        assert code == 1 and out == "" and said.splitlines()[-1].startswith(kept) and "hf_" not in said
+    assert not {"create", "commit", "preupload"} & set(hub.seen)
+
+
+def test_a_proposal_needs_no_right_to_write(hub, command, rows):
+    hub.repos["datasets/other/there"] = Repo()
+    hub.repo("datasets/other/there").commit("main", INITIAL)
+    code, out, _ = command(*rows[:3], "other/there", *rows[4:], "--create-pr")
+    assert code == 0 and f"proposed: {hub.endpoint}/datasets/other/there/discussions/1\n" in out
+
+
+@pytest.mark.parametrize("base", [BASE, f"[{BASE}]"])
+def test_the_base_of_an_adapter_is_pinned(hub, command, adapter, monkeypatch, base):
+    """To the revision that the adapter was tried with."""
+    hub.repos[f"models/{BASE}"] = Repo()
+    sha = hub.repo(BASE).commit("main", INITIAL)
+    write(adapter, {"README.md": ADAPTER_CARD.replace(f"base_model: {BASE}", f"base_model: {base}")})
+    tried = []
+    monkeypatch.setattr(push, "try_it", lambda target, kind, base_oid: tried.append(base_oid))
+    pinned = f'from_pretrained("{BASE}", revision="{sha}", trust_remote_code=True)'
+    _, out, said = command("--folder", adapter, "--repo", REPO)
+    assert f'{pinned}.load_energy("{REPO}", revision="{hub.sha(REPO)}")\n' in out, said
+    assert tried == [sha]
+
+
+def test_an_adapter_is_tried_with_this_revision_of_its_base(adapter, monkeypatch):
+    started, loaded = [], []
+
+    def start(command, **options):
+        started.append(command)
+        return subprocess.CompletedProcess(command, 0, "it works", "")
+
+    class Loaded(Exception):
+        pass
+
+    def load(*args, **options):
+        loaded.append((*args, options["revision"]))
+        raise Loaded
+
+    monkeypatch.setattr(subprocess, "run", start)
+    assert push.try_it(adapter, "adapter", "abc") == "it works"
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", load)
+    with pytest.raises(Loaded):
+        try_folder.main(*map(str, started[0][3:]))
+    assert loaded == [(BASE, "abc")]
+
+
+NO_ROOM = OSError(errno.ENOSPC, "No space left on device", "/full/weights")
+FULL = "The disk is full ({})", f"make room on it, or set TMPDIR to a folder on another{AGAIN}\n"
+CTRL_C = "The push was stopped by Ctrl-C", "give the same command again.\n"
+
+
+@pytest.mark.parametrize(("error", "code", "ending"), [(NO_ROOM, 1, FULL), (KeyboardInterrupt(), 130, CTRL_C)])
+def test_a_full_disk_and_an_interrupt(hub, command, rows, tmp_path, monkeypatch, error, code, ending):
+    """One line in each phase, that says what is there; nothing is left here; and the same command completes."""
+    command(*rows)
+    name = f"datasets/{REPO}"
+    old = hub.files(name)
+    write(rows[1], {"train.jsonl": '{"text": "b"}\n'})
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+
+    def fail(*args, **options):
+        raise error
+
+    happened, todo = ending[0].format("/full/weights"), ending[1]
+    for place, function, state in (
+        (shutil, "copyfile", NOTHING),
+        (push, "try_it", NOTHING),
+        (HfApi, "create_commit", f"{MAYBE}; "),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, function, fail)
+            assert command(*rows)[::2] == (code, f"{happened}{state}{todo}")
+        assert hub.files(name) == old and not list((tmp_path / "tmp").iterdir())
+    with monkeypatch.context() as patched:
+        patched.setattr(upload, "verify", fail)
+        there = f"{hub.endpoint}/{name}/commit/"
+        broken, _, said = command(*rows)
+    assert (broken, said) == (code, f"{happened}; the new revision is in place: {there}{hub.sha(name)}; {todo}")
+    assert hub.files(name) == INITIAL | contents(rows[1])
+    assert command(*rows)[0] == 0 and not list((tmp_path / "tmp").iterdir())
+
+
+def test_a_disk_that_is_full_while_it_is_tried(adapter, monkeypatch):
+    said = "Traceback (most recent call last):\nOSError: [Errno 28] No space left on device"
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: subprocess.CompletedProcess(command, 1, "", said))
+    with pytest.raises(OSError, match="No space left") as error:
+        push.try_it(adapter, "adapter")
+    assert error.value.errno == errno.ENOSPC

@@ -11,6 +11,8 @@ with what was sent. The token is that of `hf auth login` or HF_TOKEN. The folder
 """
 
 import argparse
+import errno
+import gc
 import json
 import os
 import re
@@ -18,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -29,7 +32,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from . import cards
 from .assemble import generate_code, metric_code, model_code
-from .upload import upload
+from .faults import closing, says_all
+from .upload import Published, WrongArgument, again, check_access, upload
 
 # Files and folders that stay here: hidden ones, and what training and evaluation leave behind.
 LEFT_OUT = ("checkpoint*", "optimizer*", "scheduler*", "random_states*", "rng_state*", "trainer_state.json")
@@ -225,32 +229,39 @@ def is_repo_id(value) -> bool:
 # ---- and how
 
 
-def try_it(target: Path, kind: str) -> str:
+def base_of(target: Path, kind: str) -> str | None:
+    """The repo of the base of an adapter or energy; None for what has none."""
+    if kind not in ("adapter", "energy"):
+        return None
+    base = read_card(target / CARD).data.base_model
+    return base[0] if isinstance(base, list) else base
+
+
+def try_it(target: Path, kind: str, base_oid: str | None = None) -> str:
     """What the folder did when a stranger's process used it; ValueError with its error if it did not work."""
-    base = None
-    if kind in ("adapter", "energy"):
-        base = read_card(target / CARD).data.base_model
-        base = base[0] if isinstance(base, list) else base
+    base = base_of(target, kind)
     with tempfile.TemporaryDirectory() as empty:
         environment = os.environ | {"HF_MODULES_CACHE": f"{empty}/modules", "HF_DATASETS_CACHE": f"{empty}/datasets"}
         if base is None:  # all that it needs is in it
             environment |= {"HF_HUB_OFFLINE": "1"}
         script = Path(__file__).with_name("try_folder.py")
-        command = [sys.executable, "-P", script, kind, target, *([base] if base else [])]
+        command = [sys.executable, "-P", script, kind, target, *([base, base_oid or "main"] if base else [])]
         done = subprocess.run(
             command, env=environment, cwd=empty, stdin=subprocess.DEVNULL, capture_output=True, text=True
         )
     if done.returncode:
+        if os.strerror(errno.ENOSPC) in done.stderr:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise ValueError(f"it cannot be used as it would be published:\n{done.stderr.strip()}")
     return done.stdout.strip()
 
 
-def how_to_load(files: dict[str, Path], kind: str, repo: str, oid: str) -> str:
-    """A line of Python that always gives this very revision."""
+def how_to_load(kind: str, repo: str, oid: str, base: str | None = None, base_oid: str | None = None) -> str:
+    """A line of Python that always gives this very revision, and that of its base which it was tried with."""
     pinned = f'"{repo}", revision="{oid}"'
-    if kind in ("adapter", "energy"):
-        base = read_card(files[CARD]).data.base_model
-        return f'AutoModel.from_pretrained("{base}", trust_remote_code=True).load_energy({pinned})'
+    if base is not None:
+        model = f'AutoModel.from_pretrained("{base}", revision="{base_oid}", trust_remote_code=True)'
+        return f"{model}.load_energy({pinned})"
     if kind == "dataset":
         return f"datasets.load_dataset({pinned})"
     if kind == "metric":
@@ -289,43 +300,78 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.tag and arguments.create_pr:
         parser.error(f"--tag {arguments.tag}: is for what is published, and --create-pr only proposes it")
 
-    folder = arguments.folder.resolve()
-    with tempfile.TemporaryDirectory() as temporary:
-        try:
-            files, kind = stage(
-                folder, Path(temporary) / folder.name, repo, arguments.type, arguments.base, arguments.benchmark
-            )
-            for name, path in files.items():
-                print(f"{size(path.stat().st_size):>12}  {name}")
-            print(f"{size(sum(path.stat().st_size for path in files.values())):>12}  in {len(files)} files")
-            if kind != "space":
-                print(f"as others would use it: {try_it(Path(temporary) / folder.name, kind)}")
-        except ValueError as error:
-            parser.error(without_token(f"--folder {arguments.folder}: {error}"))
-        if arguments.dry_run:
-            print("nothing was uploaded")
-            return
-        try:
-            published = upload(
-                HfApi(),
-                files,
-                repo,
-                arguments.type,
-                branch=arguments.revision,
-                private=arguments.private,
-                create_pr=arguments.create_pr,
-                tag=arguments.tag,
-                message=arguments.message or f"Upload {folder.name}",
-            )
-        except Exception as error:  # of network errors each generation of the client has another library's classes
-            raise SystemExit(
-                without_token(
-                    f"{type(error).__name__}: {error}\nThe push to {repo} did not finish. What is there is whole: the "
-                    "old revision, or the new one if the commit was made. The same command may be given again."
-                )
-            ) from None
-        print(f"{'proposed' if arguments.create_pr else 'published'}: {published.pr_url or published.url}")
-        print(f"load it by: {how_to_load(files, kind, repo, published.oid)}")
+    if not arguments.folder.is_dir():
+        parser.error(f"--folder {arguments.folder}: there is no such folder")
+    progress = Progress()
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            publish(arguments, parser, Path(temporary), progress)
+        return
+    except WrongArgument as error:
+        parser.error(without_token(str(error)))
+    except (Exception, KeyboardInterrupt) as error:
+        said = "" if says_all(error) else f"{type(error).__name__}: {error}\n"
+        last = closing(error, repo, progress.is_sending, progress.made)
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
+    if progress.is_sending:  # the error held progress bars, which write to the terminal once more as they go
+        gc.collect()
+    print(without_token(said + last), file=sys.stderr)
+    sys.exit(code)
+
+
+@dataclass
+class Progress:
+    """How far a push has come, for the sentence that it ends with where it breaks off."""
+
+    is_sending: bool = False
+    made: str | None = None  # the page of the commit or pull request
+
+    def on_commit(self, published: Published) -> None:
+        self.made = published.pr_url or published.url
+
+
+def publish(
+    arguments: argparse.Namespace, parser: argparse.ArgumentParser, temporary: Path, progress: Progress
+) -> None:
+    """What the command does."""
+    api, repo, folder = HfApi(), arguments.repo, arguments.folder.resolve()
+    target, base_oid = temporary / folder.name, None
+    if not arguments.dry_run:  # first, as what follows may take minutes
+        check_access(api, repo, arguments.type, proposes=arguments.create_pr)
+    try:
+        files, kind = stage(folder, target, repo, arguments.type, arguments.base, arguments.benchmark)
+        for name, path in files.items():
+            print(f"{size(path.stat().st_size):>12}  {name}")
+        print(f"{size(sum(path.stat().st_size for path in files.values())):>12}  in {len(files)} files")
+        base = base_of(target, kind)
+        if base is not None and not arguments.dry_run:
+            base_oid = again(f"reading {base}", lambda: api.repo_info(base)).sha
+        if kind != "space":
+            print(f"as others would use it: {try_it(target, kind, base_oid)}")
+    except ValueError as error:
+        parser.error(without_token(f"--folder {arguments.folder}: {error}"))
+    if arguments.dry_run:
+        print("nothing was uploaded")
+        return
+    progress.is_sending = True
+    published = upload(
+        api,
+        files,
+        repo,
+        arguments.type,
+        branch=arguments.revision,
+        private=arguments.private,
+        create_pr=arguments.create_pr,
+        tag=arguments.tag,
+        message=arguments.message or f"Upload {folder.name}",
+        on_commit=progress.on_commit,
+    )
+    done = "proposed" if arguments.create_pr else "published"
+    if not published.is_new:
+        done = f"nothing changes, as {arguments.revision} of {repo} has these very files"
+        done += ", so nothing was proposed" if arguments.create_pr else ""
+    print(f"{done}: {published.pr_url or published.url}")
+    print(f"load it by: {how_to_load(kind, repo, published.oid, base, base_oid)}")
 
 
 def without_token(text: str) -> str:

@@ -1,6 +1,6 @@
 """Use a staged folder as a stranger would, in a process of its own: `push.py` runs this file before it uploads.
 
-    python -P hub_cards/publish/try_folder.py KIND FOLDER [BASE]
+    python -P hub_cards/publish/try_folder.py KIND FOLDER [BASE [REVISION]]
 
 KIND: model or causal (generates), energy or adapter (chooses for BASE), metric or dataset (loads). The package is not
 imported: the code is the folder's own.
@@ -12,7 +12,7 @@ from pathlib import Path
 LENGTH = 16  # tokens
 
 
-def main(kind: str, folder: str, base: str | None = None) -> str:
+def main(kind: str, folder: str, base: str | None = None, revision: str = "main") -> str:
     if kind == "metric":
         import evaluate
 
@@ -32,7 +32,7 @@ def main(kind: str, folder: str, base: str | None = None) -> str:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
         tokens = model.generate(max_length=LENGTH, do_sample=True)
     else:
-        model = transformers.AutoModel.from_pretrained(base or folder, trust_remote_code=True)
+        model = transformers.AutoModel.from_pretrained(base or folder, revision=revision, trust_remote_code=True)
         if base is not None:
             model = model.load_energy(folder)
         length = min(LENGTH, model.config.max_position_embeddings)

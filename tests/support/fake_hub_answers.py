@@ -36,6 +36,7 @@ ROUTES = {  # a name for `fail` and `seen`, which also is the method that answer
     "delete_branch": ("DELETE", API + "/branch/{rev:rev}"),
     "tag": ("POST", API + "/tag/{rev:rev}"),
     "delete_tag": ("DELETE", API + "/tag/{rev:rev}"),
+    "access": ("GET", API + "/auth-check", API + "/auth-check/{right:rest}"),
     "info": ("GET", API, API + "/revision/{rev:rev}"),
     "refs": ("GET", API + "/refs"),
     "commits": ("GET", API + "/commits/{rev:rev}"),
@@ -92,6 +93,7 @@ class Answer:
         self.hub, self.body, self.query, self.headers = hub, body, request.query_params, request.headers
         address = {"kind": "models", "rev": "main", "path": ""} | request.path_params
         self.rev, self.path, self.oid = address["rev"], address["path"], address.get("oid")
+        self.right = address.get("right", "read")
         token = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if route in STORAGE and token:
             raise Refusal(400, "", "Only one auth mechanism allowed")
@@ -124,6 +126,10 @@ class Answer:
             raise Refusal(401, "", "Invalid username or password.")
         auth = {"type": "access_token", "accessToken": {"displayName": "fake", "role": self.role}}
         return {"type": "user", "name": USER, "fullname": USER, "email": None, "orgs": [], "auth": auth}
+
+    def access(self):
+        if self.right == "write" and (self.role != "write" or self.name.split("/")[0] != USER):
+            raise Refusal(403, "", "You do not have write access to this repo")
 
     def create(self):
         if self.repo:
