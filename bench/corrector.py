@@ -117,6 +117,10 @@ def main(argv: list[str] | None = None) -> None:
         ]
     results = {"command": command("bench.corrector", arguments), "machine": machine(), "rows": rows}
     write_json(Path(arguments.out), results)
+    print(table(results), f"\nresults: {arguments.out}")
+
+
+def table(results: dict) -> str:
     head = ["k", "a round", "seconds", "of its passes alone", "tokens of the energy, for a text"]
     cells = [
         [
@@ -126,9 +130,9 @@ def main(argv: list[str] | None = None) -> None:
             f"{row['of_passes_alone']:.2f}",
             "-" if row["energy_tokens_per_text"] is None else f"{row['energy_tokens_per_text']:.0f}",
         ]
-        for row in rows
+        for row in results["rows"]
     ]
-    print(markdown(head, cells, left=2), f"\nresults: {arguments.out}")
+    return markdown(head, cells, left=2)
 
 
 if __name__ == "__main__":

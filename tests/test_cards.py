@@ -17,7 +17,7 @@ from huggingface_hub import DatasetCard, ModelCard, SpaceCard, parse_eval_result
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from bench import frontier, infilling, memory
+from bench import corrector, frontier, infilling, memory
 from hub_cards.publish import cards, other_cards
 from hub_cards.publish.card import FENCED, check, lacks, parse, split_sections
 from hub_cards.publish.shipped_cards import BASE as SHIPPED_BASE
@@ -434,13 +434,15 @@ def test_the_docs_have_the_tables_of_the_results():
     """Every row of figures in README.md and docs/ is, to the letter, one of a card or of what a results file prints."""
     printed = "".join(card_file(name).read_text() for name in WHOLE)
     modules = {"likelihood": evaluate_likelihood, "samples": evaluate_samples, "adapt": adapt, "memory": memory}
-    modules |= {"frontier": frontier, "infilling": infilling}
+    modules |= {"frontier": frontier, "infilling": infilling, "corrector": corrector}
     for results in (ROOT / "hub_cards" / "results").glob("*.json"):
         module = modules.get(results.name.partition("-")[0])
         if module is not None:
             printed += module.table(json.loads(results.read_text())) + "\n"
     names = r"data \||MDLM|EDLM|AR \||AR, exact|autoregressive \||denoiser \||NCE energy \||published form"
-    names += r"|before|gain, |ESS, |other text|adapted|wiki|small \||full \|"
+    names += (
+        r"|before|gain, |ESS, |other text|adapted|wiki|small \||full \||\d \| (?:passes alone|random sets|neighbours)"
+    )
     rows = [row for row in words().splitlines() if re.match(rf"\| ({names})", row)]
     assert len(rows) >= 30 and not [row for row in rows if row not in printed]
 

@@ -6,7 +6,7 @@ Each chi-square test rejects a right one once in 10,000 seeds.
 import pytest
 import torch
 
-from modeling_edlm import EDLMGenerationConfig
+from modeling_edlm import EDLMGenerationConfig, ForeignModel
 from support.toy import MASK, chain_law, completions, make_broad_toy, make_toy, p_value, path_bounds, shown_by_value
 
 ALPHA, ROWS = 1e-4, 20_000
@@ -159,3 +159,25 @@ def test_an_order_by_value_has_no_bound():
     model = make_toy("ar")
     with pytest.raises(ValueError, match="order='margin' looks at token values"):
         model.likelihood(torch.tensor([[0, 1, 2]]), order="margin")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["shared", "step"])
+def test_energies_of_an_order_are_those_of_its_candidates(kind):
+    """log mu counts what a candidate adds to its state: a shared completion too, of a next state what is shown."""
+    model, start = make_soft_toy("ar", length=4), torch.tensor([[MASK, 1, MASK, MASK]]).repeat(20, 1)
+    if kind == "step":
+        model = ForeignModel(model.denoiser, energy=lambda x, xt, t, mask, log_mu: log_mu, energy_target="xs")
+    states, seen = [start.clone()], []
+
+    def look(_, step, t, state):
+        if "kept" in state:
+            seen.append((t, states[-1][state["rows"]], state["candidates"], state["energies"]))
+        states.append(state["sequences"].clone())
+
+    settings = {"num_steps": 2, "num_candidates": 3, "shared_completion": kind == "shared", "seed": 0, **WINDOW}
+    model.generate(start, order="margin", callback_on_step_end=look, **settings)
+    assert len(seen) == 2
+    for t, xt_NL, x_NKL, energy_NK in seen:
+        expected = [model.energy(x_NL, xt_NL, t) for x_NL in x_NKL.unbind(1)]
+        torch.testing.assert_close(energy_NK, torch.stack(expected, 1), atol=1e-4, rtol=1e-4)
